@@ -1,10 +1,11 @@
-"""Speed of the operations and blocks on one CPU thread, both sides in one process.
+"""Speed of the recurrences on one CPU thread, forward and backward, both sides in one process.
 
     python benchmarks/ops.py [--repeats 30]
 
-1. Gated delta rule, forward and backward, against `torch_chunk_gated_delta_rule` of Transformers (Qwen3-Next), on the
-   same inputs, with the largest relative error of output and gradients between the two.
-2. Every linear block, forward and backward, against full attention of the same width.
+1. Gated delta rule against `torch_chunk_gated_delta_rule` of Transformers (Qwen3-Next), on the same inputs, with the
+   largest relative error of output and gradients between the two.
+2. The other recurrences against the gated delta rule at the same sizes: what a decay per channel or a free correction
+   costs more.
 
 Times are medians of CPU time of this process, so that other work on the machine counts little; the sides take turns.
 """
@@ -15,13 +16,9 @@ import time
 
 import torch
 from torch.nn import functional as F
-from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from jetlab.layers import MIXERS
-from jetlab.layers.dims import BlockDims
-from jetlab.ops import gated_delta_rule
+from jetlab.ops import dplr_delta_rule, gated_delta_rule, gated_linear_attention
 
 RULES = [  # B, T, H, K, V
     *((8, T, 4, 16, 16) for T in (128, 256, 512, 1024)),
@@ -29,10 +26,6 @@ RULES = [  # B, T, H, K, V
     (2, 256, 4, 64, 64),
     (1, 256, 4, 96, 128),
 ]
-BLOCKS = {
-    "gated_deltanet": [{}],
-    "jetblock": [{}, {"conv_v": "static"}, {"conv_v": "none"}],
-}
 
 
 def median_ms(calls, repeats: int) -> list[float]:
@@ -75,27 +68,31 @@ def rules(repeats: int) -> None:
         print(f"{shape} {slow:16.2f} {fast:10.2f} {slow / fast:6.2f} {error:9.1e}", flush=True)
 
 
-def blocks(repeats: int, B: int = 8, T: int = 256) -> None:
-    config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
-    config._attn_implementation = "sdpa"
-    torch.manual_seed(0)
-    rotary = Qwen2RotaryEmbedding(config)
-    dims = BlockDims(d_model=64, n_heads=4, head_dim=16, head_dim_v=16)
-    mixers = {"attention": MIXERS["attention"].from_attention(Qwen2Attention(config, 0), rotary)}
-    for kind, variants in BLOCKS.items():
-        for options in variants:
-            name = " ".join([kind, *(f"{key}={value}" for key, value in options.items())])
-            mixers[name] = MIXERS[kind](dims, **options)
-    x = torch.randn(B, T, 64, requires_grad=True)
+def others(repeats: int) -> None:
+    print("\n  B     T  H   K   V      delta  attention: decay per head, per channel       dplr   (ms)")
+    for B, T, H, K, V in RULES:
+        rng = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(B, T, H, width, generator=rng) for width in (K, K, V))
+        g, beta = -torch.rand(B, T, H, generator=rng), torch.rand(B, T, H, generator=rng)
+        a = F.normalize(k, dim=-1)
+        per_channel = g[..., None].expand_as(k)
+        calls = []
+        for rule, inputs in (
+            (gated_delta_rule, (q, a, v, g, beta)),
+            (gated_linear_attention, (q, k, v, g)),
+            (gated_linear_attention, (q, k, v, per_channel)),
+            (dplr_delta_rule, (q, k, v, per_channel, -a, a * beta[..., None])),
+        ):
+            leaves = [x.detach().contiguous().requires_grad_() for x in inputs]
 
-    def call(mixer):
-        y, _ = mixer(x)
-        torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])
+            def call(rule=rule, leaves=leaves):
+                o, _ = rule(*leaves)
+                torch.autograd.grad(o.square().sum(), leaves)
 
-    times = median_ms([lambda mixer=mixer: call(mixer) for mixer in mixers.values()], repeats)
-    print(f"\nB={B} T={T} d_model=64, forward and backward\n{'block':32} {'ms':>8} {'of attention':>13}")
-    for name, ms in zip(mixers, times, strict=True):
-        print(f"{name:32} {ms:8.2f} {ms / times[0]:13.2f}")
+            calls.append(call)
+        delta, per_head, per_channel_ms, dplr = median_ms(calls, repeats)
+        shape = f"{B:3d} {T:5d} {H:2d} {K:3d} {V:3d}"
+        print(f"{shape} {delta:10.2f} {per_head:20.2f} {per_channel_ms:12.2f} {dplr:10.2f}", flush=True)
 
 
 if __name__ == "__main__":
@@ -104,4 +101,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     arguments = parser.parse_args()
     rules(arguments.repeats)
-    blocks(arguments.repeats)
+    others(arguments.repeats)

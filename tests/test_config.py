@@ -44,7 +44,7 @@ def put(params, path, value):
         pytest.param("supernet.training.learning_rate", float("nan"), "finite number", id="not-a-number"),
         pytest.param("supernet.training.rows", {"poetry": 1}, "must name tasks among", id="unknown-task"),
         pytest.param(
-            "supernet.block", "jetblok", "a block must be one of gated_deltanet, jetblock", id="unknown-block"
+            "supernet.block", "jetblok", "a block must be one of jetblock, gated_deltanet", id="unknown-block"
         ),
         pytest.param("supernet.block", "attention", "a block must be one of", id="attention-is-no-linear-block"),
         pytest.param("placement.budget", 3, "less than or equal to 2, got 3", id="more-layers-than-evaluated"),

@@ -9,6 +9,7 @@ import pytest
 
 from jetlab import report
 from jetlab.paths import MissingInput
+from jetlab.report import figures
 from jetlab.report.claims import AGREES, CANNOT_TELL, DISAGREES, NOT_TESTED, measure
 from jetlab.report.derived import DERIVED, speedups
 from jetlab.report.document import with_error
@@ -77,7 +78,15 @@ def tree(tmp_path):
             for s in ("beam", "uniform")
         ],
     )
-    kinds = {"gated_deltanet": 0.80, "jetblock": 0.81}
+    kinds = {
+        "retnet": 0.50,
+        "mamba2": 0.60,
+        "gla": 0.70,
+        "deltanet": 0.65,
+        "gated_deltanet": 0.80,
+        "jetblock": 0.81,
+        "rwkv7": 0.90,
+    }
     write_estimates(
         root / "blocks/estimates.csv",
         {f"{t}_{k}": v for t in SCORED_TASKS for k, v in kinds.items()}
@@ -178,7 +187,59 @@ def test_the_importance_map_is_summarised_as_the_claims_ask(tree):
 
 def test_a_claim_that_no_stage_measured_is_not_judged(tree):
     assert judged(tree, "static-qk").verdict == NOT_TESTED  # the variant was not trained
-    assert judged(tree, "gated-deltanet-best").verdict == NOT_TESTED  # one other published block at least is missing
+
+
+def test_claims_about_two_blocks_are_decided_by_their_mean_over_the_scored_tasks(tree):
+    lead = judged(tree, "gating-with-delta-rule").ours
+    assert lead.value == pytest.approx(0.10)
+    assert lead.se == pytest.approx(0.01 * (2 / 4) ** 0.5)  # four tasks, each a difference of two errors of 0.01
+    for claim_id in ("gating-with-delta-rule", "delta-rule-with-gating", "gating-over-fixed-decay"):
+        assert judged(tree, claim_id).verdict == AGREES
+    assert judged(tree, "jetblock-over-mamba2").verdict == AGREES
+    assert judged(tree, "jetblock-better").verdict == CANNOT_TELL
+
+    set_values(tree / "blocks/estimates.csv", **{f"{task}_retnet": 0.75 for task in SCORED_TASKS})
+    assert judged(tree, "gating-over-fixed-decay").verdict == DISAGREES
+
+
+def test_the_best_published_block_leads_the_best_of_the_others_that_the_paper_trained(tree):
+    path = tree / "blocks/estimates.csv"
+    assert judged(tree, "gated-deltanet-best").ours.value == pytest.approx(0.10)  # over GLA; RWKV7 is not among them
+
+    set_values(path, **{f"{task}_deltanet": 0.79 for task in SCORED_TASKS})
+    assert judged(tree, "gated-deltanet-best").verdict == CANNOT_TELL
+    set_values(path, **{f"{task}_mamba2": 0.95 for task in SCORED_TASKS})
+    assert judged(tree, "gated-deltanet-best").verdict == DISAGREES
+
+    rows = [row for row in csv.DictReader(path.open()) if not row["key"].endswith("_retnet")]
+    write_csv(path, rows)
+    assert judged(tree, "gated-deltanet-best").verdict == NOT_TESTED  # best of all but one is another claim
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "block", "other"),
+    [
+        ("gated-deltanet-best", "Gated DeltaNet", "GLA"),
+        ("gating-with-delta-rule", "Gated DeltaNet", "GLA"),
+        ("delta-rule-with-gating", "Gated DeltaNet", "DeltaNet"),
+        ("gating-over-fixed-decay", "GLA", "RetNet"),
+    ],
+)
+def test_the_paper_value_of_two_blocks_is_their_mean_difference_in_table_1(tree, claim_id, block, other):
+    printed = {row["block"]: row for row in report.load(tree).paper["table1_linear_blocks"]}
+    leads = [printed[block][column] - printed[other][column] for column in ("mmlu", "math", "retrieval")]
+    assert judged(tree, claim_id).claim.paper_value == pytest.approx(sum(leads) / 3, abs=0.05)  # printed to a tenth
+
+
+def test_the_paper_value_of_the_jetblock_over_mamba2_is_their_mean_difference_in_the_picture(tree):
+    rows = report.load(tree).paper["fig_jetblock_vs_mamba2"]
+    leads = [row["jetblock"] - row["mamba2"] for row in rows if row["metric"] != "Commonsense"]
+    assert judged(tree, "jetblock-over-mamba2").claim.paper_value == pytest.approx(sum(leads) / 3, abs=0.05)
+
+
+def test_blocks_stand_in_the_order_in_which_the_notebook_teaches_them(tree):
+    taught = ["retnet", "mamba2", "gla", "deltanet", "gated_deltanet", "jetblock", "rwkv7"]
+    assert figures.block_kinds(report.load(tree)) == taught
 
 
 def test_measured_speedups_compare_models_of_the_same_run(tree):

@@ -1,4 +1,4 @@
-"""House style and the four pictures of the study: curve, bars, heat map, strip of layers.
+"""House style and the pictures of the study: curve, bars, heat maps, strip of layers.
 
 Every axis has a label, every numeric axis its unit in brackets ("loss [nats/token]", "layer [index]"). A block or a
 placement has the same colour in every figure; colours stay apart for colour-blind readers, and lines differ in their
@@ -17,6 +17,7 @@ import matplotlib as mpl
 import matplotlib.figure
 import numpy as np
 from matplotlib.patches import Patch
+from PIL import Image  # matplotlib needs it for every PNG and so installs it
 
 from jetlab.paths import replacing
 
@@ -79,8 +80,10 @@ class Figure(matplotlib.figure.Figure):
     """A figure that appears once: as the last value of a cell, or through `Results.figure`."""
 
     def _repr_png_(self) -> bytes:
-        data = io.BytesIO()
-        self.savefig(data, format="png", metadata={"Software": None})
+        """As PNG with 256 colours, a third of the bytes of one with all: an executed notebook holds many figures."""
+        full, data = io.BytesIO(), io.BytesIO()
+        self.savefig(full, format="png", metadata={"Software": None})
+        Image.open(full).convert("RGB").quantize(256).save(data, format="png", optimize=True)
         return data.getvalue()
 
 
@@ -235,40 +238,46 @@ def heat_map(
     `diverging` centres the colours on zero, for differences. Returns the Figure. Raises ValueError if the labels do not
     match the matrix or `value_label` lacks its unit.
     """
-    matrix = np.asarray(matrix, dtype=float)
-    if matrix.shape != (len(y_labels), len(x_labels)):
-        raise ValueError(
-            f"the matrix must be rows x columns = {len(y_labels)} x {len(x_labels)} as its labels say, "
-            f"got shape {matrix.shape}; transpose it or fix the labels"
-        )
+    matrix = _cells_of(matrix, x_labels, y_labels)
     _need_unit(value_label, "value_label")
     height = 1.4 + 0.42 * len(y_labels)
     fig, ax = _axes(ax, x_label, y_label, title, categories="xy", height=max(2.6, height))
-    finite = matrix[np.isfinite(matrix)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    if diverging:
-        high = max(abs(low), abs(high)) or 1.0
-        low = -high
-    elif low == high:
-        high = low + 1.0
-    palette = mpl.colormaps["RdBu" if diverging else "cividis"].resampled(32)  # 32 steps: a small file, a smooth look
-    mesh = ax.pcolormesh(matrix, cmap=palette, vmin=low, vmax=high, edgecolors="white", linewidth=1.5)
-    for (i, j), value in np.ndenumerate(matrix):
-        if np.isfinite(value) and fmt:
-            red, green, blue, _ = palette((value - low) / (high - low))
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-            text_colour = "white" if dark else "#222222"
-            ax.text(j + 0.5, i + 0.5, format(value, fmt), ha="center", va="center", color=text_colour, fontsize=9)
-    ax.set_xticks(np.arange(len(x_labels)) + 0.5, [str(label) for label in x_labels])
-    ax.set_yticks(np.arange(len(y_labels)) + 0.5, [str(label) for label in y_labels])
-    ax.tick_params(length=0)
-    ax.grid(False)
-    ax.invert_yaxis()
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    bar = fig.colorbar(mesh, ax=ax, label=value_label)
-    bar.outline.set_visible(False)
-    bar.ax.grid(False)
+    mesh = _cells(ax, matrix, x_labels, y_labels, _limits([matrix], diverging), diverging, fmt)
+    _colour_bar(fig, mesh, ax, value_label)
+    return fig
+
+
+def heat_maps(
+    matrices: Mapping[str, Sequence[Sequence[float]]],
+    x_labels: Sequence[Any],
+    y_labels: Sequence[Any],
+    *,
+    x_label: str,
+    y_label: str,
+    value_label: str,
+    fmt: str = ".2f",
+    n_cols: int = 2,
+):
+    """Heat maps of the same rows and columns side by side, each under its name, on one scale of colours.
+
+    Returns the Figure. Raises ValueError as `heat_map` does, and if there is no matrix.
+    """
+    if not matrices:
+        raise ValueError("heat maps need at least one matrix, got none; pass a mapping from names to matrices")
+    cells = {name: _cells_of(matrix, x_labels, y_labels) for name, matrix in matrices.items()}
+    _need_unit(value_label, "value_label")
+    n_rows = -(-len(cells) // n_cols)
+    fig, axes = figure(n_rows, n_cols, width=10, height=1.0 + n_rows * (0.7 + 0.3 * len(y_labels)), squeeze=False)
+    for i, (ax, (name, matrix)) in enumerate(zip(axes.flat, cells.items(), strict=False)):
+        _axes(ax, x_label, y_label, name, categories="xy")
+        mesh = _cells(ax, matrix, x_labels, y_labels, _limits(cells.values(), False), False, fmt)
+        if i % n_cols:
+            ax.set(ylabel="", yticklabels=[])
+        if i + n_cols < len(cells):  # another map below repeats the labels
+            ax.set(xlabel="", xticklabels=[])
+    for ax in axes.flat[len(cells) :]:
+        ax.set_axis_off()
+    _colour_bar(fig, mesh, axes, value_label)
     return fig
 
 
@@ -327,6 +336,53 @@ def _axes(ax, x_label: str, y_label: str, title: str, *, categories: str = "", h
     if title:
         ax.set_title(title)
     return fig, ax
+
+
+def _cells_of(matrix, x_labels: Sequence[Any], y_labels: Sequence[Any]) -> np.ndarray:
+    matrix = np.asarray(matrix, dtype=float)
+    if matrix.shape != (len(y_labels), len(x_labels)):
+        raise ValueError(
+            f"the matrix must be rows x columns = {len(y_labels)} x {len(x_labels)} as its labels say, "
+            f"got shape {matrix.shape}; transpose it or fix the labels"
+        )
+    return matrix
+
+
+def _limits(matrices: Iterable[np.ndarray], diverging: bool) -> tuple[float, float]:
+    """Values at the two ends of the colours."""
+    finite = np.concatenate([matrix[np.isfinite(matrix)] for matrix in matrices])
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    if diverging:
+        high = max(abs(low), abs(high)) or 1.0
+        return -high, high
+    return (low, high) if low < high else (low, low + 1.0)
+
+
+def _cells(ax, matrix: np.ndarray, x_labels, y_labels, limits: tuple[float, float], diverging: bool, fmt: str):
+    """Coloured cells with their values in them, row 0 on top."""
+    low, high = limits
+    palette = mpl.colormaps["RdBu" if diverging else "cividis"].resampled(32)  # 32 steps: a small file, a smooth look
+    mesh = ax.pcolormesh(matrix, cmap=palette, vmin=low, vmax=high, edgecolors="white", linewidth=1.5)
+    for (i, j), value in np.ndenumerate(matrix):
+        if np.isfinite(value) and fmt:
+            red, green, blue, _ = palette((value - low) / (high - low))
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+            text_colour = "white" if dark else "#222222"
+            ax.text(j + 0.5, i + 0.5, format(value, fmt), ha="center", va="center", color=text_colour, fontsize=9)
+    ax.set_xticks(np.arange(len(x_labels)) + 0.5, [str(label) for label in x_labels])
+    ax.set_yticks(np.arange(len(y_labels)) + 0.5, [str(label) for label in y_labels])
+    ax.tick_params(length=0)
+    ax.grid(False)
+    ax.invert_yaxis()
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return mesh
+
+
+def _colour_bar(fig, mesh, axes, label: str) -> None:
+    bar = fig.colorbar(mesh, ax=axes, label=label)
+    bar.outline.set_visible(False)
+    bar.ax.grid(False)
 
 
 def _need_unit(label: str, name: str) -> None:

@@ -1,5 +1,7 @@
 """Specification of the linear-attention blocks: what every token mixer promises, and how JetBlock starts."""
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -8,7 +10,9 @@ from torch import nn
 
 from jetlab.layers import MIXERS
 from jetlab.layers.dims import BlockDims
+from jetlab.layers.init import linear
 from jetlab.layers.norm import GatedRMSNorm
+from jetlab.layers.projections import project
 from jetlab.layers.state import n_bytes, select
 
 DIMS = BlockDims(d_model=24, n_heads=3, head_dim=8, head_dim_v=16)
@@ -19,14 +23,58 @@ VARIANTS = [
     pytest.param("jetblock", {"conv_v": "none"}, id="jetblock-none"),
     pytest.param("jetblock", {"conv_qk": True, "generator_hidden": 3}, id="jetblock-conv-on-q-and-k"),
     pytest.param("jetblock", {"conv_v": "none", "conv_qk": True}, id="jetblock-conv-on-q-and-k-alone"),
+    pytest.param("deltanet", {}, id="deltanet"),
+    pytest.param("gla", {}, id="gla"),
+    pytest.param("gla", {"low_rank": 3}, id="gla-low-rank"),
+    pytest.param("mamba2", {}, id="mamba2"),
+    pytest.param("mamba2", {"n_groups": "n_heads"}, id="mamba2-a-group-for-each-head"),
+    pytest.param("retnet", {}, id="retnet"),
+    pytest.param("rwkv7", {}, id="rwkv7"),
+    pytest.param("rwkv7", {"first": False, "ranks": (("v", 5), ("g", 3))}, id="rwkv7-behind-the-first"),
 ]
 every_block = pytest.mark.parametrize(("kind", "options"), VARIANTS)
+every_block_with_a_query_per_head = pytest.mark.parametrize(
+    ("kind", "options"), [variant for variant in VARIANTS if variant.id != "mamba2"]
+)
+
+
+def resolve(options, dims):
+    return {name: dims.n_heads if value == "n_heads" else value for name, value in options.items()}
+
+
+class BehindAFirst(nn.Module):
+    """RWKV7 behind the first of its kind, with the interface of one mixer: both see x, and share one value."""
+
+    def __init__(self, dims, **options):
+        super().__init__()
+        self.first = MIXERS["rwkv7"](dims, ranks=options["ranks"], generator=options.get("generator"))
+        self.second = MIXERS["rwkv7"](dims, layer_idx=1, n_layers=2, **options)
+
+    @staticmethod
+    def n_params(dims, *, first, ranks):
+        both = ({"ranks": ranks}, {"ranks": ranks, "first": first, "layer_idx": 1, "n_layers": 2})
+        return sum(MIXERS["rwkv7"].n_params(dims, **options) for options in both)
+
+    def state_bytes(self, seq_len, dtype):
+        return self.first.state_bytes(seq_len, dtype) + self.second.state_bytes(seq_len, dtype)
+
+    def forward(self, x, state=None, **options):
+        shared = {}
+        y, first = self.first(x, None if state is None else state[0], shared=shared, **options)
+        z, second = self.second(x, None if state is None else state[1], shared=shared, **options)
+        return y + z, (first, second)
+
+
+def make(kind, options, dims=DIMS, **more):
+    """The block as it starts."""
+    block = BehindAFirst if options.get("first") is False else MIXERS[kind]
+    return block(dims, **resolve(options, dims), **more)
 
 
 def build(kind, options, dims=DIMS):
     """The block in fp64 with every weight away from its special starting value."""
     rng = torch.Generator().manual_seed(0)
-    mixer = MIXERS[kind](dims, generator=rng, **options).double()
+    mixer = make(kind, options, dims, generator=rng).double()
     with torch.no_grad():
         for p in mixer.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
@@ -90,6 +138,18 @@ def test_packed_documents_equal_each_document_alone(kind, options):
 
 
 @every_block
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_documents_go_on_from_their_own_states(kind, options, dtype):
+    mixer, x = build(kind, options), tokens(1, 20)
+    _, state = mixer(x[:, :9], cu_seqlens=torch.tensor([0, 2, 9], dtype=dtype))
+    y, _ = mixer(x[:, 9:], state, cu_seqlens=torch.tensor([0, 7, 11], dtype=dtype))
+    for earlier, later in (((0, 2), (9, 16)), ((2, 9), (16, 20))):
+        document = torch.cat([x[:, slice(*earlier)], x[:, slice(*later)]], 1)
+        alone, _ = mixer(document)
+        torch.testing.assert_close(y[:, later[0] - 9 : later[1] - 9], alone[:, earlier[1] - earlier[0] :])
+
+
+@every_block
 def test_the_future_does_not_change_the_past(kind, options):
     mixer, x = build(kind, options), tokens(1, 20)
     changed = x.clone()
@@ -110,11 +170,41 @@ def test_one_context_serves_several_continuations(kind, options):
 @every_block
 @pytest.mark.parametrize("dims", [DIMS, BlockDims(10, 1, 4, 4, conv_size=3)], ids=["three-heads", "one-head"])
 def test_formulas_for_parameters_and_state_equal_what_is_there(kind, options, dims):
-    mixer = MIXERS[kind](dims, **options)
-    assert mixer.n_params(dims, **options) == sum(p.numel() for p in mixer.parameters())
+    mixer = make(kind, options, dims)
+    assert mixer.n_params(dims, **resolve(options, dims)) == sum(p.numel() for p in mixer.parameters())
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         _, state = mixer.to(dtype)(torch.zeros(2, 9, dims.d_model, dtype=dtype))
         assert 2 * mixer.state_bytes(9, dtype) == n_bytes(state), dtype
+
+
+@every_block
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float32, 3e-6, id="fp32"),
+        pytest.param(torch.bfloat16, 0.05, id="bf16"),  # 8 bits: 0.4 % at each of some ten roundings on the way
+    ],
+)
+def test_fewer_bits_stay_near_fp64_in_outputs_and_keep_their_kind(kind, options, dtype, tolerance):
+    mixer, x = build(kind, options), tokens(2, 30)
+    expected, _ = mixer(x)
+    y, state = mixer.to(dtype)(x[:, :29].to(dtype))
+    last, _ = mixer(x[:, 29:].to(dtype), state)
+    y = torch.cat([y, last], 1)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance * float(expected.detach().abs().max()))
+
+
+@every_block
+def test_a_block_may_be_built_in_half_precision(kind, options):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mixer = make(kind, options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in mixer.parameters()} == {torch.bfloat16}
+    y, _ = mixer(tokens(2, 9).bfloat16())
+    assert y.dtype == torch.bfloat16 and y.isfinite().all()
 
 
 def test_parameters_of_the_released_2b_block_are_met():
@@ -124,14 +214,14 @@ def test_parameters_of_the_released_2b_block_are_met():
 
 @every_block
 def test_the_same_generator_gives_the_same_block(kind, options):
-    first, second = (MIXERS[kind](DIMS, generator=torch.Generator().manual_seed(3), **options) for _ in range(2))
+    first, second = (make(kind, options, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 @every_block
 def test_every_weight_learns_within_two_steps(kind, options):
-    mixer = MIXERS[kind](DIMS, generator=torch.Generator().manual_seed(0), **options)
+    mixer = make(kind, options, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(mixer.parameters(), lr=1.0)
     learned = set()
     for step in range(2):
@@ -166,6 +256,27 @@ def test_gated_norm_normalises_before_it_gates():
     assert norm(o.bfloat16(), z.bfloat16()).dtype == torch.bfloat16
 
 
+def projections(mixer):
+    """Weights that act as W_q, W_k, W_v and W_o, under whatever name."""
+    if hasattr(mixer, "in_proj"):
+        inner, shared = mixer.dims.value_dim, mixer.n_groups * mixer.dims.head_dim
+        _, v, k, q, _ = mixer.in_proj.weight.split([inner, inner, shared, shared, mixer.dims.n_heads])
+        return q, k, v, mixer.out_proj.weight
+    q = mixer.r_proj if hasattr(mixer, "r_proj") else mixer.q_proj
+    return tuple(layer.weight for layer in (q, mixer.k_proj, mixer.v_proj, mixer.o_proj))
+
+
+def assert_equal_up_to_a_factor(mine, theirs):
+    ratio = (mine * theirs).sum() / theirs.square().sum()  # projections are scaled
+    assert ratio > 0
+    torch.testing.assert_close(mine, ratio * theirs, atol=1e-4 * float(mine.detach().abs().max()), rtol=1e-3)
+
+
+def closest_of_rank(n, matrix):
+    u, s, v = torch.linalg.svd(matrix)
+    return u[:, :n] @ torch.diag(s[:n]) @ v[:n]  # Eckart-Young: no matrix of this rank is closer
+
+
 class TestBuiltFromAttention:
     """4 query heads of 6 and 2 key-value heads, as the layer that a block replaces."""
 
@@ -180,45 +291,57 @@ class TestBuiltFromAttention:
             setattr(layer, f"{name}_proj", linear)
         return layer
 
-    @every_block
+    @every_block_with_a_query_per_head
     def test_equal_sizes_compare_and_copy_what_attention_does(self, kind, options):
         attention, dims = self.attention(), BlockDims(d_model=24, n_heads=4, head_dim=6, head_dim_v=6)
-        mixer = MIXERS[kind].from_attention(attention, dims, **options)
+        mixer = MIXERS[kind].from_attention(attention, dims, **resolve(options, dims))
+        q, k, v, o = projections(mixer)
         for head in range(4):
             rows, shared = slice(6 * head, 6 * head + 6), slice(6 * (head // 2), 6 * (head // 2) + 6)  # 2 heads, 1 key
-            for mine, theirs in (
-                (
-                    mixer.q_proj.weight[rows].T @ mixer.k_proj.weight[rows],
-                    attention.q_proj.weight[rows].T @ attention.k_proj.weight[shared],
-                ),
-                (
-                    mixer.o_proj.weight[:, rows] @ mixer.v_proj.weight[rows],
-                    attention.o_proj.weight[:, rows] @ attention.v_proj.weight[shared],
-                ),
-            ):
-                ratio = (mine * theirs).sum() / theirs.square().sum()  # projections are scaled: equal up to a factor
-                assert ratio > 0
-                torch.testing.assert_close(
-                    mine, ratio * theirs, atol=1e-4 * float(mine.detach().abs().max()), rtol=1e-3
-                )
+            assert_equal_up_to_a_factor(
+                q[rows].T @ k[rows], attention.q_proj.weight[rows].T @ attention.k_proj.weight[shared]
+            )
+            assert_equal_up_to_a_factor(
+                o[:, rows] @ v[rows], attention.o_proj.weight[:, rows] @ attention.v_proj.weight[shared]
+            )
 
-    @every_block
+    @every_block_with_a_query_per_head
     def test_smaller_heads_keep_the_largest_components(self, kind, options):
-        attention, dims = self.attention(), BlockDims(d_model=24, n_heads=4, head_dim=3, head_dim_v=2)
-        mixer = MIXERS[kind].from_attention(attention, dims, **options)
-        theirs = attention.q_proj.weight[:6].T @ attention.k_proj.weight[:6]
-        u, s, v = torch.linalg.svd(theirs)
-        best = u[:, :3] @ torch.diag(s[:3]) @ v[:3]  # Eckart-Young: no rank-3 matrix is closer
-        mine = mixer.q_proj.weight[:3].T @ mixer.k_proj.weight[:3]
-        ratio = (mine * best).sum() / best.square().sum()
-        torch.testing.assert_close(mine, ratio * best, atol=1e-4 * float(mine.detach().abs().max()), rtol=1e-3)
+        attention, dims = self.attention(), BlockDims(d_model=24, n_heads=4, head_dim=2, head_dim_v=3)
+        q, k, v, o = projections(MIXERS[kind].from_attention(attention, dims, **resolve(options, dims)))
+        compared = attention.q_proj.weight[:6].T @ attention.k_proj.weight[:6]
+        copied = attention.o_proj.weight[:, :6] @ attention.v_proj.weight[:6]
+        assert_equal_up_to_a_factor(q[:2].T @ k[:2], closest_of_rank(2, compared))
+        assert_equal_up_to_a_factor(o[:, :3] @ v[:3], closest_of_rank(3, copied))
+
+    def test_heads_that_share_a_source_take_its_components_in_turn(self):
+        attention, dims = self.attention(), BlockDims(d_model=24, n_heads=8, head_dim=3, head_dim_v=2)
+        q, k, v, o = projections(MIXERS["deltanet"].from_attention(attention, dims))
+        compared = attention.q_proj.weight[6:12].T @ attention.k_proj.weight[:6]
+        copied = attention.o_proj.weight[:, 6:12] @ attention.v_proj.weight[:6]
+        assert_equal_up_to_a_factor(q[6:12].T @ k[6:12], compared)  # two heads of 3 hold all 6
+        assert_equal_up_to_a_factor(o[:, 4:8] @ v[4:8], closest_of_rank(4, copied))
+
+    def test_a_query_that_serves_several_heads_compares_what_they_do_together(self):
+        attention, dims = self.attention(), BlockDims(d_model=24, n_heads=4, head_dim=5, head_dim_v=6)
+        q, k, v, o = projections(MIXERS["mamba2"].from_attention(attention, dims, n_groups=2))
+        w_q, w_k = attention.q_proj.weight.view(4, 6, 24), attention.k_proj.weight.view(2, 6, 24)
+        for group in range(2):
+            rows, heads = slice(5 * group, 5 * group + 5), (2 * group, 2 * group + 1)
+            together = sum(w_q[head].T @ w_k[head // 2] for head in heads)
+            assert_equal_up_to_a_factor(q[rows].T @ k[rows], closest_of_rank(5, together))
+        for head in range(4):
+            rows, shared = slice(6 * head, 6 * head + 6), slice(6 * (head // 2), 6 * (head // 2) + 6)
+            assert_equal_up_to_a_factor(
+                o[:, rows] @ v[rows], attention.o_proj.weight[:, rows] @ attention.v_proj.weight[shared]
+            )
 
     @every_block
     def test_outputs_start_small_at_every_size(self, kind, options):
         x = tokens(2, 30).float()
         for dims in (DIMS, BlockDims(d_model=24, n_heads=4, head_dim=6, head_dim_v=6)):
             generator = torch.Generator().manual_seed(0)
-            mixer = MIXERS[kind].from_attention(self.attention(), dims, generator=generator, **options)
+            mixer = MIXERS[kind].from_attention(self.attention(), dims, generator=generator, **resolve(options, dims))
             y, _ = mixer(x)
             assert 1e-3 < y.square().mean().sqrt() < 0.2  # the stream it is added to is of order 1
 
@@ -232,25 +355,75 @@ class TestBuiltFromAttention:
         assert torch.equal(plain.q_proj.weight, wrapped.q_proj.weight)
 
 
+@pytest.mark.parametrize("d_model", [24, 1536], ids=["laid-together", "each-alone"])
+def test_projections_are_those_of_each_layer(d_model):
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (linear(d_model, n, generator).double() for n in (100, 50, 30))
+    x = torch.randn(2, 3, d_model, generator=generator, dtype=torch.float64)
+    first, second = project(x, (a, b), (c,))
+    torch.testing.assert_close(first, torch.cat([a(x), b(x)], -1))
+    torch.testing.assert_close(second, c(x))
+
+
+@every_block
+def test_an_adapter_in_place_of_a_projection_is_used(kind, options):
+    mixer, x = build(kind, options), tokens(1, 5)
+    before, _ = mixer(x)
+
+    class Halved(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.weight, self.out_features = inner, inner.weight, inner.out_features
+
+        def forward(self, x):
+            return 0.5 * self.inner(x)
+
+    name, owner = {"mamba2": "in_proj"}.get(kind, "v_proj"), getattr(mixer, "second", mixer)
+    setattr(owner, name, Halved(getattr(owner, name)))
+    assert not torch.allclose(mixer(x)[0], before)
+
+
 def test_an_unknown_kind_is_answered_with_the_known_ones():
     with pytest.raises(KeyError) as error:
         MIXERS["jet_block"]
-    message = "must be one of attention, gated_deltanet, jetblock, got 'jet_block'; closest is 'jetblock'"
-    assert message in str(error.value)
+    known = "attention, sliding_attention, jetblock, gated_deltanet, deltanet, gla, mamba2, retnet, rwkv7"
+    assert f"must be one of {known}, got 'jet_block'; closest is 'jetblock'" in str(error.value)
     assert "jetblock" in MIXERS
     assert "jet_block" not in MIXERS
 
 
+def test_looking_up_one_kind_imports_no_other():
+    code = "import sys; from jetlab.layers import MIXERS; MIXERS['gla'], len(MIXERS), 'rwkv7' in MIXERS; "
+    code += "print(*sorted(name for name in sys.modules if name.removeprefix('jetlab.layers.') in MIXERS))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["jetlab.layers.gla"]
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kind", "options", "message"),
     [
-        ({"conv_v": "full"}, r"conv_v must be one of none, static, dynamic, got 'full'"),
-        ({"generator_hidden": 0}, r"generator_hidden must be at least 1, got 0; use conv_v='static'"),
+        ("jetblock", {"conv_v": "full"}, r"conv_v must be one of none, static, dynamic, got 'full'"),
+        ("jetblock", {"generator_hidden": 0}, r"generator_hidden must be at least 1, got 0; use conv_v='static'"),
+        ("gla", {"low_rank": 0}, r"low_rank must be at least 1, got 0; the published block has 16"),
+        ("mamba2", {"n_groups": 2}, r"n_groups must divide n_heads, got 2 and 3; use n_groups=1"),
+        ("mamba2", {"n_groups": 0}, r"n_groups must divide n_heads, got 0 and 3"),
+        (
+            "rwkv7",
+            {"layer_idx": 3, "n_layers": 3},
+            r"layer_idx must be 0 … n_layers - 1, got 3 of 3; count layers from 0",
+        ),
+        ("rwkv7", {"ranks": (("k", 4),)}, r"ranks must be pairs of w, a, v or g and a number ≥ 1, got 'k': 4"),
+        ("rwkv7", {"ranks": (("g", 0),)}, r"ranks must be pairs .* got 'g': 0"),
     ],
 )
-def test_an_unknown_variant_is_refused(options, message):
+def test_an_option_that_cannot_be_is_refused(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        MIXERS["jetblock"](DIMS, **options)
+        MIXERS[kind](DIMS, **options)
+
+
+def test_retention_refuses_a_width_that_has_no_pairs():
+    with pytest.raises(ValueError, match=r"head_dim must be even, .* got 7; use 8"):
+        MIXERS["retnet"](BlockDims(d_model=24, n_heads=3, head_dim=7, head_dim_v=16))
 
 
 def test_dimensions_must_be_whole_and_positive():

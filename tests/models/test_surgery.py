@@ -49,7 +49,16 @@ CONFIGS = {
     ),
 }
 MIXED = ("attention", "gated_deltanet", "jetblock")
+MIXTURES = [
+    MIXED,
+    ("rwkv7", "attention", "rwkv7"),
+    ("attention", "rwkv7", "rwkv7"),
+    ("retnet", "sliding_attention", "mamba2"),
+    ("gla", "deltanet", "sliding_attention"),
+]
+WINDOW = 6
 every_model = pytest.mark.parametrize("family", CONFIGS)
+every_mixture = pytest.mark.parametrize("kinds", MIXTURES, ids="-".join)
 
 
 def build(family="qwen2", seed=0):
@@ -63,12 +72,16 @@ def build(family="qwen2", seed=0):
 
 
 def hybrid(family="qwen2", kinds=MIXED):
-    """A random hybrid of attention and two linear blocks."""
-    model = surgery.attach(build(family))
-    for slot, kind in zip(surgery.slots(model), kinds, strict=True):
-        if kind != "attention":
-            slot.paths[kind] = surgery._build(kind, slot, DIMS, {})
-    return surgery.prune(model, kinds).eval()
+    """A random hybrid, its linear blocks away from their special starting values."""
+    model = surgery.convert(build(family), kinds, DIMS, **options_of(kinds)).eval()
+    with torch.no_grad():
+        for parameter in surgery.freeze(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.requires_grad_(True)
+
+
+def options_of(kinds):
+    return {"window": WINDOW} if "sliding_attention" in kinds else {}
 
 
 def ids(B=2, T=14, seed=1):
@@ -100,7 +113,7 @@ def test_a_supernet_on_its_attention_paths_is_the_pretrained_model(family):
 
 
 @every_model
-@pytest.mark.parametrize("kinds", [("attention",) * 3, MIXED], ids=["attention", "hybrid"])
+@pytest.mark.parametrize("kinds", [("attention",) * 3, *MIXTURES], ids="-".join)
 @pytest.mark.parametrize("parts", [(9, 1, 1, 1, 1, 1), (1, 6, 7)], ids=["steps", "chunks"])
 def test_prefill_and_steps_equal_one_pass(family, kinds, parts):
     model, x = hybrid(family, kinds), ids()
@@ -112,8 +125,9 @@ def test_prefill_and_steps_equal_one_pass(family, kinds, parts):
 
 
 @every_model
-def test_padding_on_the_left_changes_nothing_at_once_or_step_by_step(family):
-    model, x = hybrid(family), ids()
+@every_mixture
+def test_padding_on_the_left_changes_nothing_at_once_or_step_by_step(family, kinds):
+    model, x = hybrid(family, kinds), ids()
     expected = logits(model, x)
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), x], 1)
     padded[1] = torch.cat([x[1], x[1, :3]])  # the second row is full: three real tokens more at the end
@@ -130,8 +144,9 @@ def test_padding_on_the_left_changes_nothing_at_once_or_step_by_step(family):
 
 
 @every_model
-def test_generate_equals_whole_passes_with_batches_and_left_padding(family):
-    model, x = hybrid(family), ids()
+@every_mixture
+def test_generate_equals_whole_passes_with_batches_and_left_padding(family, kinds):
+    model, x = hybrid(family, kinds), ids()
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), x], 1)
     mask = (torch.arange(17) >= torch.tensor([[3], [0]])).long()
     padded[1, :3] = x[0, :3]
@@ -163,8 +178,9 @@ def test_a_cache_of_another_kind_is_refused():
         hybrid().generate(ids(), max_new_tokens=1)
 
 
-def test_rows_of_a_cache_may_be_chosen_and_repeated():
-    model, x = hybrid(), ids()
+@every_mixture
+def test_rows_of_a_cache_may_be_chosen_and_repeated(kinds):
+    model, x = hybrid(kinds=kinds), ids()
     cache = surgery.HybridCache()
     logits(model, x[:, :9], cache=cache)
     cache.batch_select_indices(torch.tensor([1, 1, 0]))
@@ -172,12 +188,14 @@ def test_rows_of_a_cache_may_be_chosen_and_repeated():
     torch.testing.assert_close(found, logits(model, x)[[1, 1, 0], 9:], atol=1e-4, rtol=1e-4)
 
 
-def test_a_cache_holds_as_many_bytes_as_the_mixers_say():
-    model = hybrid()
+@every_mixture
+def test_a_cache_holds_as_many_bytes_as_the_mixers_say(kinds):
+    model = hybrid(kinds=kinds)
     cache = surgery.HybridCache()
     logits(model, ids(B=1), cache=cache)
-    real = sum(state.real.nbytes for state in cache.states.values() if hasattr(state, "real"))
-    assert cache.nbytes() - real == surgery.state_bytes(model, 14)
+    attention = [state for state in cache.states.values() if hasattr(state, "real")]  # what it notes beside k and v
+    notes = sum(state.real.nbytes + (state.position.nbytes if hasattr(state, "position") else 0) for state in attention)
+    assert cache.nbytes() - notes == surgery.state_bytes(model, 14)
 
 
 def test_choosing_paths_and_pruning_to_them_compute_the_same():
@@ -226,6 +244,62 @@ def test_training_moves_not_one_byte_of_the_pretrained_part(family):
     assert {name.split(".paths.")[0].split(".")[2] for name in moved} == {"0", "2"}  # layer 1 used its attention
 
 
+def test_the_first_rwkv7_layer_of_a_hybrid_has_no_value_to_mix_with_and_the_others_do():
+    model = surgery.convert(build(), ["attention", "rwkv7", "rwkv7"], DIMS)
+    first, second = (surgery.slots(model)[layer].paths["rwkv7"] for layer in (1, 2))
+    assert first.v_lora is None and second.v_lora is not None
+    assert (first.layer_idx, second.layer_idx) == (1, 2)
+    x = ids()
+    before = logits(model, x)
+    with torch.no_grad():
+        second.v_lora.w2.bias.fill_(-50)  # keeps its own value
+    assert not torch.allclose(logits(model, x), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [("attention", "rwkv7", "rwkv7"), ("rwkv7", "attention", "rwkv7")], ids="-".join)
+def test_a_path_of_a_supernet_of_rwkv7_becomes_a_hybrid_that_saves_and_loads(kinds, tmp_path, tokenizer_files):
+    model = surgery.wrap(build(), "rwkv7", DIMS)
+    with torch.no_grad():
+        for parameter in surgery.freeze(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    surgery.activate(model, kinds)
+    expected = logits(model, ids())
+    surgery.prune(model, kinds)
+    torch.testing.assert_close(logits(model, ids()), expected, atol=0, rtol=0)
+    surgery.save(model, tmp_path, dims=DIMS)
+    for file in tokenizer_files.iterdir():
+        shutil.copy(file, tmp_path)
+    again, _ = surgery.load(tmp_path)
+    torch.testing.assert_close(logits(again, ids()), expected, atol=0, rtol=0)
+
+
+def test_a_supernet_of_rwkv7_in_some_layers_starts_at_the_first_of_them():
+    model = surgery.wrap(build(), "rwkv7", DIMS, layers=[1, 2])
+    assert [slot.paths["rwkv7"].v_lora is None for slot in surgery.slots(model)[1:]] == [True, False]
+
+
+def test_sliding_attention_is_what_transformers_computes_with_a_window():
+    plain = build()
+    model = surgery.convert(
+        copy.deepcopy(plain), ["attention", "sliding_attention", "sliding_attention"], None, window=4
+    )
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    config = Qwen2Config(
+        **SHAPE, use_sliding_window=True, sliding_window=4, layer_types=kinds, tie_word_embeddings=True
+    )
+    theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    theirs.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(logits(model, ids()), logits(theirs, ids()), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(model, ids()), logits(plain, ids()), atol=1e-2)
+
+
+def test_sliding_attention_shares_the_pretrained_layer_and_never_trains_it():
+    model = surgery.wrap(build(), "sliding_attention", None, window=4)
+    slot = surgery.slots(model)[0]
+    assert slot.paths["sliding_attention"].inner is slot.paths["attention"].inner
+    assert surgery.freeze(model) == [] and not any(p.requires_grad for p in model.parameters())
+
+
 def test_what_goes_in_and_out_of_every_layer_is_recorded_within_the_block_only():
     model = hybrid()
     with surgery.recorded(model) as tape:
@@ -272,6 +346,17 @@ def test_the_options_of_a_block_come_back_too(folder):
     assert surgery.kinds_of(model) == ("attention", "jetblock", "jetblock")
     assert json.loads((folder / "config.json").read_text())["block_options"] == {"conv_v": "static"}
     assert tokenizer("<math> amber").input_ids
+
+
+@every_mixture
+def test_every_mixture_is_saved_and_comes_back_with_its_options(kinds, tmp_path, tokenizer_files):
+    model = hybrid(kinds=kinds)
+    surgery.save(model, tmp_path, dims=DIMS, **options_of(kinds))
+    for file in tokenizer_files.iterdir():
+        shutil.copy(file, tmp_path)
+    again, _ = surgery.load(tmp_path)
+    assert surgery.kinds_of(again) == kinds
+    torch.testing.assert_close(logits(again, ids()), logits(model, ids()), atol=0, rtol=0)
 
 
 def test_an_all_attention_model_with_slots_is_saved_and_loaded(tmp_path, tokenizer_files):
@@ -337,6 +422,18 @@ def test_the_tokeniser_of_a_folder_is_read_as_it_stands():
             ValueError,
             "layer 1 has paths attention, not 'jetblock'; wrap the model",
             id="path-that-is-not-there",
+        ),
+        pytest.param(
+            lambda m: surgery.convert(m, ["attention", "sliding_attention", "gla"], DIMS),
+            ValueError,
+            "sliding_attention needs a window, got none; pass window=… in tokens",
+            id="sliding-without-a-window",
+        ),
+        pytest.param(
+            lambda m: surgery.wrap(m, "sliding_attention", None, window=0),
+            ValueError,
+            "window must be a whole number ≥ 1",
+            id="window-of-nothing",
         ),
         pytest.param(
             lambda m: surgery.attach(surgery.attach(m)), ValueError, "has slots already; load a fresh one", id="twice"

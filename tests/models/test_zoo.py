@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from jetlab import paths
+from jetlab.layers import MIXERS
+from jetlab.layers.dims import BlockDims
 from jetlab.models import zoo
 
 HF_NATIVE = [name for name in zoo.names() if zoo.shape(name).family in zoo.BUILDABLE]
@@ -87,8 +89,65 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
 
 
 def test_a_model_that_transformers_lacks_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"Jet-Nemotron-2B is of the family jet_nemotron.*closed forms work"):
-        zoo.build("Jet-Nemotron-2B")
+    with pytest.raises(ValueError, match=r"RWKV7-1.5B is of the family rwkv7.*closed forms work"):
+        zoo.build("RWKV7-1.5B")
+
+
+@pytest.mark.parametrize("kind", ["retnet", "gla", "deltanet", "gated_deltanet", "jetblock", "mamba2"])
+def test_the_closed_form_of_a_block_equals_that_of_its_mixer(kind):
+    dims = zoo.LinearDims(n_heads=5, head_dim=48, head_dim_v=40, conv_size=3, generator_dim=25)
+    shape = zoo.with_linear(zoo.shape("Jet-Nemotron-2B"), kind, dims)
+
+    block = BlockDims(shape.d_model, dims.n_heads, dims.head_dim, dims.head_dim_v, dims.conv_size)
+    assert zoo.mixer_params(shape, 0) == MIXERS[kind].n_params(block)
+
+
+def test_jet_nemotron_is_built_with_the_published_parameters():
+    layer = zoo.build("Jet-Nemotron-2B").model.layers[0].self_attn
+
+    assert sum(p.numel() for p in layer.parameters()) == 23_052_568
+    assert layer.dynamic_conv1d.kernel_generator.w2.weight.shape == (12288, 384)
+    assert zoo.hf_config("Jet-Nemotron-4B").sliding_window == 2048
+
+
+@pytest.fixture
+def small_jet(monkeypatch):
+    """The 4B entry at toy size, under its own name."""
+    small = dict(zoo.entry("Jet-Nemotron-4B")) | {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+        "layers": {"default": "jetblock", "attention": [1]},
+        "linear": {"n_heads": 2, "head_dim": 8, "head_dim_v": 16, "conv_size": 4, "generator_dim": 4},
+    }
+    monkeypatch.setattr(zoo, "_entries", lambda: {"small": small})
+    return "small"
+
+
+def test_a_model_is_built_with_its_random_start_where_it_is_wanted(small_jet):
+    torch.manual_seed(0)
+    model = zoo.build(small_jet, device="cpu", dtype=torch.float32)
+
+    block = model.model.layers[0].self_attn
+    assert block.dynamic_conv1d.kernel_generator.w2.weight.eq(0).all()
+    assert 0.01 < model.model.embed_tokens.weight.std() < 0.03
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    assert not model.training
+
+
+def test_a_model_for_a_checkpoint_has_the_tensors_of_a_drawn_one(small_jet):
+    model = zoo.build(small_jet, device="cpu", dtype=torch.float32, random=False)
+    drawn = zoo.build(small_jet, device="cpu", dtype=torch.float32)
+
+    assert {name: p.shape for name, p in model.named_parameters()} == {
+        name: p.shape for name, p in drawn.named_parameters()
+    }
+    model.load_state_dict(drawn.state_dict())
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(ids).logits, drawn(ids).logits, rtol=0, atol=0)
 
 
 def test_a_layer_kind_without_formula_is_refused():

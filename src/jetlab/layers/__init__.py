@@ -7,10 +7,16 @@ import difflib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 
-_CLASS_NAMES = {
-    "attention": "Attention",
-    "gated_deltanet": "GatedDeltaNet",
-    "jetblock": "JetBlock",
+_CLASS_NAMES = {  # kind: module and class
+    "attention": ("attention", "Attention"),
+    "sliding_attention": ("attention", "SlidingAttention"),
+    "jetblock": ("jetblock", "JetBlock"),
+    "gated_deltanet": ("gated_deltanet", "GatedDeltaNet"),
+    "deltanet": ("deltanet", "DeltaNet"),
+    "gla": ("gla", "GLA"),
+    "mamba2": ("mamba2", "Mamba2"),
+    "retnet": ("retnet", "RetNet"),
+    "rwkv7": ("rwkv7", "RWKV7"),
 }
 
 
@@ -28,7 +34,8 @@ class _Mixers(Mapping):
             raise UnknownMixerError(
                 f"a layer kind must be one of {', '.join(_CLASS_NAMES)}, got {kind!r}; closest is {close[0]!r}"
             )
-        return getattr(import_module(f"jetlab.layers.{kind}"), _CLASS_NAMES[kind])
+        module, name = _CLASS_NAMES[kind]
+        return getattr(import_module(f"jetlab.layers.{module}"), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(_CLASS_NAMES)

@@ -3,7 +3,7 @@
     y_t = W_o Σ_{s ≤ t} softmax_s(q_tᵀ k_s / √d) v_s        q, k rotated by position (RoPE), grouped key/value heads
 
 With a window w only the keys with t − w < s ≤ t are seen. The state is the key/value cache: it grows with the context,
-which is what the study is about.
+which is what the study is about. Sliding attention is the same layer seen through a window, and its cache stops growing.
 """
 
 import inspect
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from jetlab.layers.state import token_positions
 
 
 class KVState(NamedTuple):
@@ -21,10 +23,19 @@ class KVState(NamedTuple):
     real: Tensor
 
 
+class WindowState(NamedTuple):
+    """The last keys and values of each row, as in `KVState`, and the position of the next token, [B]."""
+
+    k: Tensor
+    v: Tensor
+    real: Tensor
+    position: Tensor
+
+
 class _Collector:
     """What the Hugging Face layer takes for its cache during one call: it appends, and keeps the result for the state."""
 
-    def __init__(self, state: KVState | None):
+    def __init__(self, state: KVState | WindowState | None):
         self.k, self.v = (None, None) if state is None else (state.k, state.v)
 
     def update(self, k: Tensor, v: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
@@ -47,24 +58,30 @@ class Attention(nn.Module):
         by_layer_type = "layer_type" in inspect.signature(rotary.forward).parameters
         self._rotary_args = (inner.layer_type,) if by_layer_type else ()
 
+    @property
+    def rotary(self) -> nn.Module:
+        return self._rotary[0]
+
     def forward(self, x, state: KVState | None = None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
-        if cu_seqlens is not None:
-            raise ValueError("attention takes no cu_seqlens: give each document a row of its own and mask the padding")
+        """y and the new `KVState`. Raises ValueError for packed documents."""
+        _refuse_packed(cu_seqlens)
         B, T, _ = x.shape
         past = 0 if state is None else state.k.shape[2]
         if positions is None:
             positions = torch.arange(past, past + T, device=x.device).expand(B, T)
-        real = torch.ones(B, T, dtype=torch.bool, device=x.device) if mask is None else mask.bool()
-        padded = mask is not None or (state is not None and not bool(state.real.all()))
-        real = real if state is None else torch.cat([state.real, real], dim=1)
+        real, padded = _real_tokens(x, state, mask)
+        y, k, v = self._attend(x, state, positions, self._visible(T, past, real if padded else None, x))
+        return y, KVState(k, v, real)
+
+    def _attend(self, x, state, positions, visible) -> tuple[Tensor, Tensor, Tensor]:
         collector = _Collector(state)
         y, _ = self.inner(
             hidden_states=x,
-            position_embeddings=self._rotary[0](x, positions, *self._rotary_args),
-            attention_mask=self._visible(T, past, real if padded else None, x),
+            position_embeddings=self.rotary(x, positions, *self._rotary_args),
+            attention_mask=visible,
             past_key_values=collector,
         )
-        return y, KVState(collector.k, collector.v, real)
+        return y, collector.k, collector.v
 
     def _visible(self, T: int, past: int, real: Tensor | None, x: Tensor) -> Tensor | None:
         """Additive mask [B or 1, 1, T, past + T]; None where plain causal attention or a single token needs none."""
@@ -79,7 +96,7 @@ class Attention(nn.Module):
         if real is not None:
             itself = (key == query)[None, None]  # a padded query sees itself, so that no softmax is over nothing
             visible = visible & real[:, None, None, :] | itself
-        return torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, torch.finfo(x.dtype).min)
+        return _additive(visible, x.dtype)
 
     def state_bytes(self, seq_len: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of keys and values of one sequence: 2 · n_kv_heads · head_dim · min(seq_len, window) · bytes."""
@@ -90,3 +107,74 @@ class Attention(nn.Module):
     def from_attention(cls, attention: nn.Module, config: nn.Module) -> "Attention":
         """Wrap a pretrained layer; `config` is the decoder's rotary embedding."""
         return cls(attention, config)
+
+
+class SlidingAttention(Attention):
+    """The attention layer `inner` seen through a window: each token sees itself and the window − 1 tokens before it.
+
+    The state keeps the last `window` tokens of each row. Padding takes no place in the window, wherever it stands. A layer
+    that came with a narrower window of its own keeps that.
+    Raises ValueError if `window` is not a whole number ≥ 1.
+    """
+
+    def __init__(self, inner: nn.Module, rotary: nn.Module, *, window: int):
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(
+                f"window must be a whole number ≥ 1, the current token included, got {window!r}; "
+                "use kind 'attention' for no window"
+            )
+        super().__init__(inner, rotary)
+        self.window = window if self.window is None else min(window, self.window)
+
+    def forward(self, x, state: WindowState | None = None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
+        """y and the new `WindowState`. Raises ValueError for packed documents."""
+        _refuse_packed(cu_seqlens)
+        past = None if state is None else state.position
+        positions, position = token_positions(x, past, positions=positions, mask=mask)
+        real, padded = _real_tokens(x, state, mask)
+        y, k, v = self._attend(x, state, positions, self._visible_tokens(x, real))
+        if real.shape[1] > self.window:
+            # Padding first, then tokens in their order: the last places are the last tokens.
+            last = real.long().argsort(dim=1, stable=True)[:, -self.window :] if padded else None
+            k, v = (_last(kept, last, self.window) for kept in (k, v))
+            real = real[:, -self.window :].clone() if last is None else real.gather(1, last)
+        return y, WindowState(k, v, real, position)
+
+    def _visible_tokens(self, x: Tensor, real: Tensor) -> Tensor | None:
+        """Additive mask [B, 1, T, kept + T]; None where plain causal attention does."""
+        T, n_keys = x.shape[1], real.shape[1]
+        if T == n_keys <= self.window and bool(real.all()):
+            return None
+        key = torch.arange(n_keys, device=x.device)
+        query = key[-T:, None]
+        age = real.cumsum(1)[:, None, -T:, None] - real.cumsum(1)[:, None, None, :]  # tokens since, padding not counted
+        visible = real[:, None, None, :] & (key <= query) & (age < self.window)
+        return _additive(visible | (key == query), x.dtype)  # a padded query sees itself: no softmax is over nothing
+
+    @classmethod
+    def from_attention(cls, attention: nn.Module, config: nn.Module, *, window: int) -> "SlidingAttention":
+        """Wrap a pretrained layer; `config` is the decoder's rotary embedding."""
+        return cls(getattr(attention, "inner", attention), config, window=window)
+
+
+def _refuse_packed(cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        raise ValueError("attention takes no cu_seqlens: give each document a row of its own and mask the padding")
+
+
+def _real_tokens(x: Tensor, state: KVState | WindowState | None, mask: Tensor | None) -> tuple[Tensor, bool]:
+    """Which of the keys kept and new are tokens, [B, kept + T], and whether padding may be among them."""
+    real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
+    padded = mask is not None or (state is not None and not bool(state.real.all()))
+    return (real if state is None else torch.cat([state.real, real], dim=1)), padded
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def _last(x: Tensor, index: Tensor | None, n: int) -> Tensor:
+    """Columns `index` [B,n] of x [B,H,S,d], the last n if None; a copy, since a view would keep all of x alive."""
+    if index is None:
+        return x[:, :, -n:].clone()
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

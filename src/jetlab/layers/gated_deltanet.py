@@ -6,12 +6,12 @@ o = gated_delta_rule(l2(q), l2(k), v, g, beta)                            y = W_
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from jetlab.layers.dims import BlockDims
 from jetlab.layers.gates import decay_and_write
 from jetlab.layers.init import OUTPUT_GAIN, decay_parameters, linear, reuse_attention, short_kernel
 from jetlab.layers.norm import GatedRMSNorm
+from jetlab.layers.projections import project
 from jetlab.layers.state import RecurrentState, recurrent_state_bytes
 from jetlab.ops import gated_delta_rule, short_conv
 
@@ -54,10 +54,8 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
         H, Kd, Vd = self.dims.n_heads, self.dims.key_dim, self.dims.value_dim
-        # One product instead of six: on a CPU the products are small and their calls are not.
-        layers = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
-        projected = F.linear(x, torch.cat([layer.weight for layer in layers]))
-        qkv, z, a, b = projected.split([2 * Kd + Vd, Vd, H, H], dim=-1)
+        qkv = (self.q_proj, self.k_proj, self.v_proj)
+        qkv, z, a, b = project(x, qkv, (self.g_proj,), (self.a_proj,), (self.b_proj,))
         qkv, conv = short_conv(
             qkv,
             self.conv.to(x.dtype),

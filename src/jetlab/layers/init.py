@@ -1,18 +1,27 @@
 """How linear blocks start: the same rules for every block, so that a comparison measures the blocks."""
 
 import math
+from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from jetlab.layers.dims import BlockDims
 
 # Output projections start small. In a trained network whose attention is replaced the block then disturbs the residual
 # stream little, whichever block it is, and unlike zeros it lets gradients reach every weight from the first step.
 OUTPUT_GAIN = 0.1
 
 
+def bare(layer: type[nn.Module], *sizes: int, **options) -> nn.Module:
+    """A layer whose values are still to be drawn, on the default device ("meta" holds shapes alone)."""
+    return nn.utils.skip_init(layer, *sizes, device=torch.get_default_device(), **options)
+
+
 def linear(n_in: int, n_out: int, generator: torch.Generator | None = None, *, gain: float = 1.0) -> nn.Linear:
     """Projection without bias; N(0, gain² / n_in) keeps the variance of its input (times gain²)."""
-    layer = nn.utils.skip_init(nn.Linear, n_in, n_out, bias=False)
+    layer = bare(nn.Linear, n_in, n_out, bias=False)
     nn.init.normal_(layer.weight, std=gain * n_in**-0.5, generator=generator)
     return layer
 
@@ -29,12 +38,17 @@ def short_kernel(n_channels: int, conv_size: int, generator: torch.Generator | N
     return kernel
 
 
-def decay_parameters(n_heads: int, generator: torch.Generator | None = None) -> tuple[nn.Parameter, nn.Parameter]:
+def decay_parameters(
+    n_heads: int, generator: torch.Generator | None = None, *, lowest_rate: float = 0.0
+) -> tuple[nn.Parameter, nn.Parameter]:
     """`A_log` and `dt_bias` [H] of g = -exp(A_log) · softplus(a + dt_bias), as in Mamba2 (arXiv:2405.21060).
 
-    exp(A_log) ~ U(0, 16) and softplus(dt_bias) log-uniform in [1e-3, 1e-1]. Both belong in fp32 without weight decay.
+    exp(A_log) ~ U(lowest_rate, 16) and softplus(dt_bias) log-uniform in [1e-3, 1e-1]. Both belong in fp32 without
+    weight decay.
     """
-    rate = torch.empty(n_heads).uniform_(0, 16, generator=generator).clamp_min(1e-4)  # log 0 would never decay or learn
+    rate = (
+        torch.empty(n_heads).uniform_(lowest_rate, 16, generator=generator).clamp_min(1e-4)
+    )  # log 0 would never decay or learn
     step = torch.empty(n_heads).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
     inverse_softplus = step + torch.log(-torch.expm1(-step))
     return nn.Parameter(rate.log()), nn.Parameter(inverse_softplus)
@@ -42,36 +56,49 @@ def decay_parameters(n_heads: int, generator: torch.Generator | None = None) -> 
 
 @torch.no_grad()
 def reuse_attention(mixer: nn.Module, attention: nn.Module) -> None:
-    """Starts q, k, v and o of `mixer` from what `attention` compares and copies, whatever the sizes of both.
+    """Starts q_proj, k_proj, v_proj and o_proj of `mixer` from `attention`; see `take_over`."""
+    q, k, v, o = (getattr(mixer, name).weight for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    take_over(attention, mixer.dims, q=q, k=k, v=v, o=o)
 
+
+@torch.no_grad()
+def take_over(attention: nn.Module, dims: BlockDims, *, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
+    """Starts weights from what `attention` compares and copies, whatever the sizes of both. In place.
+
+    q, k [G·K, D] · v [H·V, D] · o [D, H·V], with G = H, or fewer queries and keys that serve H / G heads in a row each.
     What a head compares is W_qᵀ W_k and what it copies is W_o W_v, two D × D matrices of rank head_dim. Head j takes the
     largest singular components of those of attention head ⌊j · heads / H⌋, split evenly between the two factors; heads
-    that share one source take its components in turn, and components that the source lacks stay as they are. Rotation
-    and biases, which a linear block lacks, are left behind. Each matrix is scaled to the root mean square of a fresh one.
+    that share one source take its components in turn, and components that the source lacks stay as they are. A query
+    that serves several heads takes those of the sum of what their sources compare. Rotation and biases, which these
+    weights lack, are left behind. Each matrix is scaled to the root mean square of a fresh one.
     """
     attention = getattr(attention, "inner", attention)  # the Hugging Face layer inside our wrapper
-    width = attention.head_dim
+    width, H = attention.head_dim, dims.n_heads
     w_q, w_k, w_v = (
         getattr(attention, name).weight.float().unflatten(0, (-1, width)) for name in ("q_proj", "k_proj", "v_proj")
     )
     w_o = attention.o_proj.weight.float().unflatten(1, (-1, width)).transpose(0, 1)  # [heads, D, head_dim]
     n_sources, n_groups = len(w_q), len(w_q) // len(w_k)
-    H, K, V = mixer.dims.n_heads, mixer.dims.head_dim, mixer.dims.head_dim_v
-    started = {name: getattr(mixer, name).weight.float().clone() for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    taken = [0] * n_sources
-    for j in range(H):
-        source = j * n_sources // H
-        turn, taken[source] = taken[source], taken[source] + 1
-        for left, right, n, names, transposed in (
-            (w_q[source].T, w_k[source // n_groups], K, ("q_proj", "k_proj"), False),
-            (w_o[source], w_v[source // n_groups], V, ("o_proj", "v_proj"), True),
-        ):
-            u, s, v = torch.linalg.svd(left @ right, full_matrices=False)
-            keep = slice(min(turn * n, width), min((turn + 1) * n, width))
-            rows = slice(j * n, j * n + keep.stop - keep.start)
-            first, second = started[names[0]], started[names[1]]
-            (first.T if transposed else first)[rows] = (u[:, keep] * s[keep].sqrt()).T
-            second[rows] = v[keep] * s[keep].sqrt()[:, None]
-    for name, weight in started.items():
-        target = getattr(mixer, name).weight
+    source = [j * n_sources // H for j in range(H)]
+    served = H * dims.head_dim // len(q)
+    compared = [sorted(set(source[j : j + served])) for j in range(0, H, served)]
+    _factor(q, k, dims.head_dim, width, compared, lambda i: w_q[i].T @ w_k[i // n_groups])
+    _factor(o.T, v, dims.head_dim_v, width, [[i] for i in source], lambda i: w_o[i] @ w_v[i // n_groups])
+
+
+def _factor(
+    left: Tensor, right: Tensor, n: int, width: int, sources: list[list[int]], circuit: Callable[[int], Tensor]
+) -> None:
+    """n rows of `left` and `right` for each entry of `sources`: factors of the sum of the circuits of those attention heads."""
+    started = (left.float().clone(), right.float().clone())
+    taken: Counter = Counter()
+    for j, heads in enumerate(sources):
+        turn, taken[tuple(heads)] = taken[tuple(heads)], taken[tuple(heads)] + 1
+        u, s, v = torch.linalg.svd(sum(circuit(i) for i in heads), full_matrices=False)
+        rank = min(width * len(heads), len(s))
+        keep = slice(min(turn * n, rank), min((turn + 1) * n, rank))
+        rows = slice(j * n, j * n + keep.stop - keep.start)
+        started[0][rows] = (u[:, keep] * s[keep].sqrt()).T
+        started[1][rows] = v[keep] * s[keep].sqrt()[:, None]
+    for target, weight in zip((left, right), started, strict=True):
         target.copy_(weight * (target.float().square().mean() / weight.square().mean()).sqrt())

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from jetlab.layers.dims import BlockDims
 from jetlab.layers.gates import decay_and_write
-from jetlab.layers.init import OUTPUT_GAIN, decay_parameters, linear, reuse_attention, short_kernel
+from jetlab.layers.init import OUTPUT_GAIN, bare, decay_parameters, linear, reuse_attention, short_kernel
 from jetlab.layers.norm import GatedRMSNorm
+from jetlab.layers.projections import project
 from jetlab.layers.state import RecurrentState, recurrent_state_bytes
 from jetlab.ops import dynamic_conv, gated_delta_rule, short_conv
 
@@ -33,18 +34,22 @@ class KernelGenerator(nn.Module):
     def __init__(self, dims: BlockDims, hidden: int, generator: torch.Generator | None = None):
         super().__init__()
         self.conv_size = dims.conv_size
-        self.w1 = nn.utils.skip_init(nn.Linear, dims.d_model, hidden, bias=False)
-        self.w2 = nn.utils.skip_init(nn.Linear, hidden, dims.value_dim * dims.conv_size)
+        self.w1 = bare(nn.Linear, dims.d_model, hidden, bias=False)
+        self.w2 = bare(nn.Linear, hidden, dims.value_dim * dims.conv_size)
         nn.init.normal_(self.w1.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.w2.weight)
         with torch.no_grad():
             self.w2.bias.copy_(short_kernel(dims.value_dim, dims.conv_size, generator).flatten())
 
     def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.w1(x))
+        if hidden.numel() < hidden.shape[-1] ** 2 or type(self.w2) is not nn.Linear:
+            # Few tokens, for which reordering w2 would cost more than it saves, or a layer that stands in for w2.
+            return self.w2(hidden).unflatten(-1, (-1, self.conv_size))
         # Rows of w2 are [Vd, W] with the tap fastest; computing them as [W, Vd] makes every tap contiguous.
         weight = self.w2.weight.unflatten(0, (-1, self.conv_size)).transpose(0, 1).flatten(0, 1)
         bias = self.w2.bias.view(-1, self.conv_size).T.flatten()
-        kernels = F.linear(F.silu(self.w1(x)), weight, bias)
+        kernels = F.linear(hidden, weight, bias)
         return kernels.unflatten(-1, (self.conv_size, -1)).transpose(-1, -2)
 
 
@@ -127,11 +132,9 @@ class JetBlock(nn.Module):
 
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
-        H, Kd, Vd = self.dims.n_heads, self.dims.key_dim, self.dims.value_dim
-        # One product instead of six: on a CPU the products are small and their calls are not.
-        layers = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj)
-        projected = F.linear(x, torch.cat([layer.weight for layer in layers]))
-        qk, v, z, a, b = projected.split([2 * Kd, Vd, Vd, H, H], dim=-1)
+        H, Kd = self.dims.n_heads, self.dims.key_dim
+        layers = ((self.q_proj, self.k_proj), (self.v_proj,), (self.g_proj,), (self.a_proj,), (self.b_proj,))
+        qk, v, z, a, b = project(x, *layers)
 
         carried = [] if state is None else list(state.conv)  # in the order of the calls below
         conv = []

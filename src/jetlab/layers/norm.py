@@ -1,24 +1,37 @@
-"""RMSNorm with an output gate (arXiv:2307.08621)."""
+"""RMSNorm, alone or with an output gate (arXiv:2307.08621)."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jetlab.ops.recurrence import core_dtype
 
-class GatedRMSNorm(nn.Module):
-    """y = o / sqrt(mean_V(o²) + eps) · w · SiLU(z) in fp32, then in o's dtype; o and z are [..., V].
 
-    Norm first, then gate. One weight of width V serves all heads.
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x²) + eps) · w in fp32 (fp64 stays fp64), then in x's dtype; x [..., width].
+
+    The product with w comes before the rounding, as in the Jet-Nemotron checkpoints: Qwen2 rounds first, and in bf16 the
+    two differ by a last bit.
     """
 
-    def __init__(self, head_dim_v: int, eps: float = 1e-5):
+    def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(head_dim_v))
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._exact(x).to(x.dtype)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        core = x.to(core_dtype(x))
+        return core * torch.rsqrt(core.square().mean(-1, keepdim=True) + self.eps) * self.weight.to(core.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """y = RMSNorm(o) · SiLU(z), rounded to o's dtype at the end alone; o and z [..., V]. Norm first, then gate.
+
+    One weight of width V serves all heads.
+    """
 
     def forward(self, o: Tensor, z: Tensor) -> Tensor:
-        dtype = o.dtype
-        if dtype in (torch.bfloat16, torch.float16):
-            o, z = o.float(), z.float()
-        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + self.eps)
-        return (o * self.weight.to(o.dtype) * F.silu(z)).to(dtype)
+        return (self._exact(o) * F.silu(z.to(core_dtype(o)))).to(o.dtype)

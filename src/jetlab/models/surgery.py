@@ -30,19 +30,12 @@ from transformers.utils.logging import disable_progress_bar
 from jetlab.layers import MIXERS
 from jetlab.layers.attention import Attention
 from jetlab.layers.dims import BlockDims
+from jetlab.layers.state import map_tensors, n_bytes, select
 from jetlab.paths import MissingInput
 
 disable_progress_bar()  # in a kernel it is drawn into the cell, with the clock in it
 
 LayerKinds = tuple[str, ...]
-
-
-def map_tensors(function, tree):
-    """Apply `function` to every tensor of nested tuples, named tuples and lists; None stays None."""
-    if tree is None or isinstance(tree, Tensor):
-        return tree if tree is None else function(tree)
-    items = [map_tensors(function, item) for item in tree]
-    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
 
 
 class HybridCache(DynamicCache):
@@ -63,23 +56,20 @@ class HybridCache(DynamicCache):
         return self.n_seen + int(query_length), 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.states = {
+            index: map_tensors(lambda x: x.repeat_interleave(repeats, dim=0), state)
+            for index, state in self.states.items()
+        }
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, indices))
+        self.states = {index: select(state, indices) for index, state in self.states.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def nbytes(self) -> int:
         """Bytes that the states occupy now."""
-        sizes: list[int] = []
-        for state in self.states.values():
-            map_tensors(lambda x: sizes.append(x.nbytes) or x, state)
-        return sum(sizes)
-
-    def _map(self, function) -> None:
-        self.states = {index: map_tensors(function, state) for index, state in self.states.items()}
+        return n_bytes(list(self.states.values()))
 
 
 class _Call:
@@ -173,20 +163,40 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _build(kind: str, slot: Slot, dims: BlockDims, options: dict) -> nn.Module:
-    mixer = MIXERS[kind].from_attention(slot.paths["attention"].inner, dims, **options)
-    return mixer.to(slot.paths["attention"].inner.q_proj.weight.device)
+def _build(model: PreTrainedModel, kinds: Sequence[str], dims: BlockDims | None, options: dict) -> None:
+    """Give every slot a path of the kind that `kinds` names, beside its attention."""
+    for index, (slot, kind) in enumerate(zip(slots(model), kinds, strict=True)):
+        pretrained = slot.paths["attention"]
+        if kind == "sliding_attention":
+            own = _options_of(index, kinds, options)
+            slot.paths[kind] = MIXERS[kind].from_attention(pretrained.inner, pretrained.rotary, **own)
+        elif kind != "attention":
+            mixer = MIXERS[kind].from_attention(pretrained.inner, dims, **_options_of(index, kinds, options))
+            slot.paths[kind] = mixer.to(pretrained.inner.q_proj.weight.device)
 
 
-def wrap(model: PreTrainedModel, kind: str, dims: BlockDims, *, layers: Sequence[int] | None = None, **options):
+def _options_of(index: int, kinds: Sequence[str], options: dict) -> dict:
+    """What layer `index` is built with: `window` is for sliding attention and all else for linear kinds, if there are both."""
+    kind, sliding = kinds[index], "sliding_attention"
+    if kind == sliding and "window" not in options:
+        raise ValueError("sliding_attention needs a window, got none; pass window=… in tokens")
+    if sliding in kinds and set(kinds) - {sliding, "attention"}:
+        options = {name: value for name, value in options.items() if (name == "window") == (kind == sliding)}
+    if getattr(MIXERS[kind], "depends_on_depth", False):
+        options = options | {"layer_idx": index, "n_layers": len(kinds), "first": kind not in kinds[:index]}
+    return options
+
+
+def wrap(
+    model: PreTrainedModel, kind: str, dims: BlockDims | None, *, layers: Sequence[int] | None = None, **options
+) -> PreTrainedModel:
     """The supernet: beside the attention of each layer (or of `layers`) a new path of `kind`. In place; returns the model.
 
-    Initial values come from torch's global generator, layer by layer.
+    Initial values come from torch's global generator, layer by layer. Sliding attention has none and takes no `dims`.
     """
     attach(model)
-    for index, slot in enumerate(slots(model)):
-        if layers is None or index in layers:
-            slot.paths[kind] = _build(kind, slot, dims, options)
+    wrapped = [kind if layers is None or index in layers else "attention" for index in range(len(slots(model)))]
+    _build(model, wrapped, dims, options)
     return model
 
 
@@ -206,27 +216,34 @@ def activate(model: PreTrainedModel, kinds: Sequence[str]) -> None:
         slot.active = kind
 
 
-def convert(model: PreTrainedModel, kinds: Sequence[str], dims: BlockDims, **options) -> PreTrainedModel:
-    """A hybrid: each layer holds the one mixer that `kinds` names; other attention is dropped. In place; returns the model."""
+def convert(model: PreTrainedModel, kinds: Sequence[str], dims: BlockDims | None, **options) -> PreTrainedModel:
+    """A hybrid: each layer holds the one mixer that `kinds` names; other attention is dropped. In place; returns the model.
+
+    `options` go to the linear kinds, but for `window`, tokens that sliding attention sees.
+    """
     attach(model)
-    for slot, kind in zip(_slots_for(model, kinds), kinds, strict=True):
-        if kind != "attention":
-            slot.paths[kind] = _build(kind, slot, dims, options)
+    _slots_for(model, kinds)
+    _build(model, kinds, dims, options)
     return prune(model, kinds)
 
 
 def prune(model: PreTrainedModel, kinds: Sequence[str]) -> PreTrainedModel:
-    """Keep only the paths that `kinds` names: a supernet becomes one of its subnetworks. In place; returns the model."""
+    """Keep only the paths that `kinds` names: a supernet becomes one of its subnetworks. In place; returns the model.
+
+    The first layer of a kind that depends on depth lays down what only layers behind a first one use.
+    """
     activate(model, kinds)
-    for slot, kind in zip(slots(model), kinds, strict=True):
+    for index, (slot, kind) in enumerate(zip(slots(model), kinds, strict=True)):
         slot.paths = nn.ModuleDict({kind: slot.paths[kind]})
+        if getattr(slot.paths[kind], "depends_on_depth", False) and kind not in kinds[:index]:
+            slot.paths[kind].become_first()
     return model
 
 
 def freeze(model: PreTrainedModel) -> list[nn.Parameter]:
     """Fix everything that came with the pretrained model, attention included; returns the parameters that train."""
     model.requires_grad_(False)
-    new = [path for slot in slots(model) for kind, path in slot.paths.items() if kind != "attention"]
+    new = [path for slot in slots(model) for path in slot.paths.values() if not isinstance(path, Attention)]
     for path in new:
         path.requires_grad_(True)
     return [parameter for path in new for parameter in path.parameters()]

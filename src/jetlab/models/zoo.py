@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 
@@ -16,7 +17,7 @@ from jetlab import paths
 SHAPES_FILE = "paper/model_shapes.json"
 ATTENTION_KINDS = ("attention", "sliding_attention")
 PATTERN_KINDS = {"M": "mamba2", "-": "mlp", "*": "attention"}  # letters of the Nemotron-H layer string
-BUILDABLE = ("qwen2", "qwen3", "llama", "gemma3", "mamba2")
+BUILDABLE = ("jet_nemotron", "qwen2", "qwen3", "llama", "gemma3", "mamba2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,16 +140,23 @@ def _attention_params(s: Shape) -> int:
     return 2 * s.d_model * q + 2 * s.d_model * kv + bias + norms
 
 
-def _delta_params(s: Shape, kind: str) -> int:
-    """Gated DeltaNet D(2Kd+3Vd) + 2DH + 2H + V + W(2Kd+Vd); JetBlock has R·D + W·Vd·(R+1) as its last term."""
+def _linear_params(s: Shape, kind: str) -> int:
+    """Parameters of the blocks with projections of q, k, v and o; R units in the JetBlock's kernel generator.
+
+    RetNet D(2Kd+3Vd) + V · GLA the same + 16(D+Kd) + Kd · DeltaNet D(2Kd+2Vd) + DH + V + W(2Kd+Vd)
+    Gated DeltaNet D(2Kd+3Vd) + 2DH + 2H + V + W(2Kd+Vd) · JetBlock R·D + W·Vd·(R+1) in place of its last term
+    """
     dims, D = s.linear, s.d_model
-    H, W, V = dims.n_heads, dims.conv_size, dims.head_dim_v
+    H, W, V, R = dims.n_heads, dims.conv_size, dims.head_dim_v, dims.generator_dim
     Kd, Vd = H * dims.head_dim, H * V
-    mixer = D * (2 * Kd + 3 * Vd) + 2 * D * H + 2 * H + V
-    if kind == "gated_deltanet":
-        return mixer + W * (2 * Kd + Vd)
-    R = dims.generator_dim
-    return mixer + R * D + W * Vd * (R + 1)
+    gated = D * (2 * Kd + 3 * Vd) + V
+    return {
+        "retnet": gated,
+        "gla": gated + 16 * (D + Kd) + Kd,
+        "deltanet": gated - D * Vd + D * H + W * (2 * Kd + Vd),
+        "gated_deltanet": gated + 2 * D * H + 2 * H + W * (2 * Kd + Vd),
+        "jetblock": gated + 2 * D * H + 2 * H + R * D + W * Vd * (R + 1),
+    }[kind]
 
 
 def _mamba2_params(s: Shape) -> int:
@@ -171,8 +179,8 @@ def mixer_params(s: Shape, layer: int) -> int:
     kind = s.layer_kinds[layer]
     if kind in ATTENTION_KINDS:
         return _attention_params(s)
-    if kind in ("jetblock", "gated_deltanet"):
-        return _delta_params(s, kind)
+    if kind in ("retnet", "gla", "deltanet", "gated_deltanet", "jetblock"):
+        return _linear_params(s, kind)
     if kind == "mamba2":
         return _mamba2_params(s)
     if kind == "rwkv7":
@@ -222,6 +230,21 @@ def _rope(raw: Mapping) -> dict:
     return parameters
 
 
+def _jet_nemotron_config(s: Shape, common: Mapping):
+    from jetlab.hf import JetNemotronConfig
+
+    dims = s.linear
+    block = {"num_heads": dims.n_heads, "head_dim": dims.head_dim, "head_dim_v": dims.head_dim_v}
+    block |= {"conv_size": dims.conv_size, "options": {"generator_hidden": dims.generator_dim}}
+    return JetNemotronConfig(
+        **common,
+        rope_theta=entry(s.name)["rope_theta"],
+        attention_bias=s.attention_bias,
+        layer_kinds=list(s.layer_kinds),
+        efficient_attention_config={"sliding_attention": {"window_size": s.window}, "jetblock": block},
+    )
+
+
 def hf_config(name: str):
     """The Transformers configuration of a published shape. Raises ValueError if its family is not in BUILDABLE."""
     import transformers
@@ -259,6 +282,8 @@ def hf_config(name: str):
         "rms_norm_eps": raw["rms_norm_eps"],
         "max_position_embeddings": raw.get("max_position_embeddings", 2048),
     }
+    if s.family == "jet_nemotron":
+        return _jet_nemotron_config(s, common)
     if s.family == "gemma3":
         local = {"rope_type": "default", "rope_theta": raw["rope_local_base_freq"]}
         kinds = {"attention": "full_attention", "sliding_attention": "sliding_attention"}
@@ -274,14 +299,18 @@ def hf_config(name: str):
     return getattr(transformers, classes[s.family])(**common)
 
 
-def build(name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
-    """The published shape as a Transformers model with random weights, in evaluation mode.
+def build(name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16, random: bool = True) -> torch.nn.Module:
+    """The published shape as a Transformers model, in evaluation mode.
 
-    On "meta" no memory is taken: for counting. On another device the weights are Transformers' own random start: for
-    speed, which does not depend on values. Raises ValueError for a family that Transformers cannot build.
+    On "meta" no memory is taken: for counting. On another device the weights have the random start of their model: for
+    speed, which does not depend on values. With `random=False` they are allocated and hold anything: for a checkpoint
+    to be loaded into. Raises ValueError for a family that Transformers cannot build.
     """
     import transformers
+    from transformers.initialization import no_init_weights
 
     config = hf_config(name)
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.device(device), nullcontext() if random else no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # which without a random start has not happened
+    return model.eval()

@@ -1,19 +1,27 @@
 """The mathematics of the token mixers in plain PyTorch: each operation with the token-by-token definition beside it."""
 
 from jetlab.ops.conv import dynamic_conv, dynamic_conv_reference, short_conv, short_conv_reference
-from jetlab.ops.gated_delta_rule import (
-    gated_delta_rule,
-    gated_delta_rule_chunked,
-    gated_delta_rule_reference,
-    resolve_backend,
+from jetlab.ops.dplr_delta_rule import dplr_delta_rule, dplr_delta_rule_chunked, dplr_delta_rule_reference
+from jetlab.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_chunked, gated_delta_rule_reference
+from jetlab.ops.gated_linear_attention import (
+    gated_linear_attention,
+    gated_linear_attention_chunked,
+    gated_linear_attention_reference,
 )
+from jetlab.ops.recurrence import resolve_backend
 
 __all__ = [
+    "dplr_delta_rule",
+    "dplr_delta_rule_chunked",
+    "dplr_delta_rule_reference",
     "dynamic_conv",
     "dynamic_conv_reference",
     "gated_delta_rule",
     "gated_delta_rule_chunked",
     "gated_delta_rule_reference",
+    "gated_linear_attention",
+    "gated_linear_attention_chunked",
+    "gated_linear_attention_reference",
     "resolve_backend",
     "short_conv",
     "short_conv_reference",

@@ -163,11 +163,8 @@ class _WindowedSum(torch.autograd.Function):
             dwindow = torch.zeros_like(window)
             for j in range(W):
                 dwindow[:, j : j + T].addcmul_(dy, kernels[..., j])
-        if ctx.needs_input_grad[1]:
-            dkernels = dy.new_empty(*kernels.shape[:-2], W, kernels.shape[-2]).transpose(-1, -2)
-            for j in range(W):
-                if kernels.ndim == 2:
-                    torch.sum(dy * window[:, j : j + T], (0, 1), out=dkernels[:, j])
-                else:
-                    torch.mul(dy, window[:, j : j + T], out=dkernels[..., j])
+        if ctx.needs_input_grad[1] and kernels.ndim == 2:
+            dkernels = torch.stack([(dy * window[:, j : j + T]).sum((0, 1)) for j in range(W)], -1)
+        elif ctx.needs_input_grad[1]:
+            dkernels = (dy.unsqueeze(-2) * window.unfold(1, W, 1).transpose(-1, -2)).transpose(-1, -2)
         return dwindow, dkernels

@@ -116,8 +116,8 @@ def placement(study: Study):
 
 
 def block_kinds(study: Study) -> list[str]:
-    """Blocks that the study trained, by the keys `{kind}_params`, in the order of the paper's story."""
-    order = ("retnet", "mamba2", "gla", "rwkv7", "deltanet", "gated_deltanet", "jetblock")
+    """Blocks that the study trained, by the keys `{kind}_params`, in the order of notebook 04."""
+    order = ("retnet", "mamba2", "gla", "deltanet", "gated_deltanet", "jetblock", "rwkv7")
     keys = study.estimates["blocks"].keys() | study.metrics.get("blocks", {}).keys()
     found = {key.removesuffix("_params") for key in keys if key.endswith("_params")}
     return [kind for kind in order if kind in found] + sorted(found - set(order))

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from jetlab.evaluate.suite import Exam, Score, normalised, standard_error
-from jetlab.models.surgery import activate
+from jetlab.models.prefixes import by_prefix, reusing_prefixes
 from jetlab.progress import progress
 from jetlab.tasks import SCORED, TASKS
 from jetlab.train.paths import placement_kinds
@@ -43,10 +43,13 @@ def uniform(n_layers: int, budget: int) -> Placement:
 def evaluate(model: PreTrainedModel, kind: str, exam: Exam, placements: Iterable[Placement], label: str = "placements"):
     """The scores of a supernet under each placement -> {placement: {task: Score}}."""
     n_layers = model.config.num_hidden_layers
-    table: ScoreTable = {}
-    for full in progress(list(placements), label, unit="placement"):
-        activate(model, placement_kinds(n_layers, full, kind))
-        table[full] = exam.score(model)
+    kinds = {full: placement_kinds(n_layers, full, kind) for full in placements}
+    scores = {}
+    with reusing_prefixes(model) as choose:
+        for architecture in progress(by_prefix(set(kinds.values())), label, unit="placement"):
+            choose(architecture)
+            scores[architecture] = exam.score(model)
+    table: ScoreTable = {full: scores[architecture] for full, architecture in kinds.items()}
     return table
 
 

@@ -22,8 +22,8 @@ class HybridRun:
     """A trained hybrid with its loss curve, its scores, and its size.
 
     `selection` are its scores on split `select`, by which runs may be chosen; `scores` those on `test`, to be reported.
-    `n_params` counts all its parameters, `block_params` those of one linear layer, `state_bytes` the state of one linear
-    layer for one sequence in fp32.
+    `n_params` counts all its parameters, `block_params` those of a linear layer on average, `state_bytes` the state of
+    one linear layer for one sequence in fp32.
     """
 
     model: PreTrainedModel
@@ -65,7 +65,7 @@ def train_hybrid(
     key = [study.model_dump(), training.model_dump(), kinds, str(dims), options, digest]
     history = train_paths(model, mixture, fixed_law(kinds), training, label=label, resume_key=key)
     surgery.prune(model, kinds)
-    block = surgery.slots(model)[linear[0]].paths[kind]
+    blocks = [surgery.slots(model)[layer].paths[kind] for layer in linear]
     return HybridRun(
         model,
         tokenizer,
@@ -74,6 +74,6 @@ def train_hybrid(
         exam(study.tasks, tokenizer, "select", seed).score(model),
         exam(study.tasks, tokenizer, "test", seed).score(model),
         sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in block.parameters()),
-        block.state_bytes(1),
+        round(sum(p.numel() for block in blocks for p in block.parameters()) / len(blocks)),
+        blocks[0].state_bytes(1),
     )

@@ -81,8 +81,8 @@ def train_paths(
 
     def local(step: int):
         _, _, tape = teacher(mixture.batch(step).to(device))
-        pairs = zip(linear, tape, strict=True)
-        losses = [feature_loss(path(x)[0], y) for paths, (x, y) in pairs for path in paths.values()]
+        pairs, shared = zip(linear, tape, strict=True), {}  # shared by the layers, as in a call of the model
+        losses = [feature_loss(path(x, shared=shared)[0], y) for paths, (x, y) in pairs for path in paths.values()]
         return torch.stack(losses).mean(), {}
 
     def end_to_end(step: int):

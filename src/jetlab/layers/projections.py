@@ -1,0 +1,22 @@
+"""Several projections of one input, in as few products as pays."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Weights up to this many numbers are laid together for one product: in a model of the study the call of a product costs
+# more than the product. At the 2B model's width the copy would cost more than all products of a decoded token.
+SMALL = 2**18
+
+
+def project(x: Tensor, *groups: tuple[nn.Linear, ...]) -> list[Tensor]:
+    """For each group of projections without bias their outputs side by side, [..., Σ n_out], from x [..., D].
+
+    A layer that stands in for a projection (an adapter, a quantised one) is called as it is.
+    """
+    layers = [layer for group in groups for layer in group]
+    if all(type(layer) is nn.Linear for layer in layers) and sum(layer.weight.numel() for layer in layers) <= SMALL:
+        sizes = [sum(layer.out_features for layer in group) for group in groups]
+        return list(F.linear(x, torch.cat([layer.weight for layer in layers])).split(sizes, dim=-1))
+    parts = [[layer(x) for layer in group] for group in groups]
+    return [group[0] if len(group) == 1 else torch.cat(group, -1) for group in parts]

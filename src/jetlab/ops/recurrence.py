@@ -1,0 +1,104 @@
+"""What every recurrence shares around its mathematics: backends, checks of its inputs, packed documents, precision."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from jetlab.ops.packing import document_positions, gather, spread
+
+BACKENDS = ("reference", "chunked", "triton", "auto")
+L2_EPS = 1e-6
+
+
+def resolve_backend(backend: str) -> str:
+    """The implementation that a call with `backend` takes: "auto" is the chunked form.
+
+    Raises ValueError for an unknown name and NotImplementedError for "triton".
+    """
+    if backend == "triton":
+        raise NotImplementedError(
+            "the recurrences have no Triton kernels in this version, got backend='triton'; use backend='chunked'"
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; use 'auto'")
+    return "chunked" if backend == "auto" else backend
+
+
+def recur(
+    reference: Callable,
+    chunked: Callable,
+    tensors: dict[str, Tensor | None],
+    *,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    backend: str,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """Check `tensors` (q, k, v and gates by name, in the order of the op), spread packed documents, run a backend.
+
+    `options` go to both forms, `chunk_size` to the chunked one alone.
+    """
+    backend = resolve_backend(backend)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; leave it out for the default")
+    _check_values(tensors["q"], tensors["k"], tensors["v"])
+    packed = None
+    if cu_seqlens is not None:
+        packed, mask = document_positions(cu_seqlens, *tensors["q"].shape[:2])
+        tensors = {name: x if x is None else spread(x, packed, mask) for name, x in tensors.items()}
+    B, _, H, K = tensors["q"].shape
+    expected = (B, H, K, tensors["v"].shape[-1])
+    if state is not None and state.shape != expected:
+        raise ValueError(
+            f"state must be [B, H, K, V] = {list(expected)} (with cu_seqlens B is the number of documents), "
+            f"got {list(state.shape)}; pass the state that an earlier call returned, or None"
+        )
+    if backend == "reference":
+        o, state = reference(*tensors.values(), state=state, **options)
+    else:
+        o, state = chunked(*tensors.values(), state=state, chunk_size=chunk_size, **options)
+    return (o if packed is None else gather(o, packed)), state
+
+
+def check_gate(
+    name: str,
+    gate: Tensor | None,
+    q: Tensor,
+    *,
+    per_head: bool = True,
+    per_channel: bool = False,
+    hint: str = "reshape or expand it",
+) -> None:
+    """Raises ValueError unless `gate` is None, or [B,T,H] if it may be `per_head`, or [B,T,H,K] if `per_channel`."""
+    shapes = {"[B, T, H]": q.shape[:3]} if per_head else {}
+    if per_channel:
+        shapes["[B, T, H, K]"] = q.shape
+    if gate is not None and gate.shape not in shapes.values():
+        rule = " or ".join(f"{letters} = {list(shape)}" for letters, shape in shapes.items())
+        per = " or ".join(["head"] * per_head + ["key channel"] * per_channel)
+        raise ValueError(f"{name} must be {rule}, one number per {per}, got {list(gate.shape)}; {hint}")
+
+
+def core_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if one of `tensors` is, else fp32: states and sums are never kept in less."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """x / sqrt(Σx² + 1e-6) over the last dimension; eps inside the root keeps the gradient of a zero vector finite."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or q.shape != k.shape or q.shape[1] < 1:
+        raise ValueError(
+            f"q and k must both be [B, T, H, K] with T ≥ 1, got {list(q.shape)} and {list(k.shape)}; "
+            "repeat shared query or key heads with repeat_interleave(…, dim=2)"
+        )
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"v must be [B, T, H, V] with B, T, H = {list(q.shape[:3])} as in q, got {list(v.shape)}; "
+            "reshape v to one value of any width V per head"
+        )
