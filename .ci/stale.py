@@ -40,7 +40,7 @@ def _absent(status: dict[str, list]) -> list[str]:
 
 
 def main() -> int:
-    status = subprocess.run(["dvc", "status", "--json"], capture_output=True, text=True)
+    status = subprocess.run([sys.executable, "-m", "dvc", "status", "--json"], capture_output=True, text=True)
     if status.returncode:
         print(status.stderr, file=sys.stderr)
         return 1

@@ -25,7 +25,7 @@ PLUMBING = {
     "jetlab.track": "writes what it is given",
     "jetlab.progress": "draws on the terminal",
     "jetlab.plots": "pictures are looked at, not read by a later stage",
-    "jetlab.config": "checks params.yaml, whose sections are tracked",
+    "jetlab.config": "reads and checks params.yaml, whose sections are tracked",
     "jetlab.run": "runs the notebook",
     "jetlab.notebooks": "gives notebooks their form",
 }

@@ -95,10 +95,6 @@ class Training(StudyModel):
     weights: dict[str, float]  # of a task's KL in the loss; 1 where not named
     growth: Annotated[float, Field(ge=0, lt=1)]  # share of the steps end to end over which contexts grow to full size
 
-    def difficulty(self, step: int) -> float:
-        """Share of the full size that contexts reach at a step end to end: from a tenth to 1."""
-        return min(1.0, 0.1 + step / (self.growth * self.n_steps)) if self.growth else 1.0
-
     @model_validator(mode="after")
     def _rows_name_tasks(self) -> Self:
         unknown = sorted((set(self.rows) | set(self.weights)) - set(TASKS))

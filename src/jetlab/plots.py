@@ -257,9 +257,11 @@ def heat_maps(
     value_label: str,
     fmt: str = ".2f",
     n_cols: int = 2,
+    limits: tuple[float, float] | None = None,
 ):
     """Heat maps of the same rows and columns side by side, each under its name, on one scale of colours.
 
+    `limits` are the ends of that scale, for colours that mean the same in several figures; the cells' own if None.
     Returns the Figure. Raises ValueError as `heat_map` does, and if there is no matrix.
     """
     if not matrices:
@@ -270,7 +272,7 @@ def heat_maps(
     fig, axes = figure(n_rows, n_cols, width=10, height=1.0 + n_rows * (0.7 + 0.3 * len(y_labels)), squeeze=False)
     for i, (ax, (name, matrix)) in enumerate(zip(axes.flat, cells.items(), strict=False)):
         _axes(ax, x_label, y_label, name, categories="xy")
-        mesh = _cells(ax, matrix, x_labels, y_labels, _limits(cells.values(), False), False, fmt)
+        mesh = _cells(ax, matrix, x_labels, y_labels, limits or _limits(cells.values(), False), False, fmt)
         if i % n_cols:
             ax.set(ylabel="", yticklabels=[])
         if i + n_cols < len(cells):  # another map below repeats the labels

@@ -78,7 +78,7 @@ def test_the_grid_of_table_2_follows_from_the_formula():
         dims = zoo.LinearDims(int(row["n_heads"]), int(row["d_k"]), int(row["d_v"]))
         assert dims.state_elements == 294_912
         params = zoo.n_params(zoo.with_linear(base, "gated_deltanet", dims)) / 1e9
-        if abs(params - float(row["params_b"])) > 0.0055:  # half a unit of the last printed digit
+        if abs(params - float(row["params_b"])) > 0.005:  # half a unit of the last printed digit
             off.append((row["d_k"], row["d_v"], row["n_heads"], round(params, 2)))
     assert off == [("256", "144", "8", 1.69)]  # printed 1.66: the one row of nine that the formula does not give
 

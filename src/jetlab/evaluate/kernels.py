@@ -11,7 +11,7 @@ def kernel_motion(model: PreTrainedModel, tokenizer, text: str) -> list[dict]:
     """Rows {layer, motion} for every layer of a hybrid, over the tokens of `text`.
 
     motion = mean_{c,j} sd_t(κ_{t,c,j}) / mean_{t,c,j} |κ_{t,c,j}| of the kernels κ [T, C, W] that JetBlock makes: 0 for a
-    kernel that is the same at every token, as in a layer with a static convolution, with none, or with attention.
+    kernel that is the same at every token. Blank (None) in a layer that makes no kernels.
     """
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=next(model.parameters()).device)
     with recorded(model) as tape:
@@ -20,6 +20,6 @@ def kernel_motion(model: PreTrainedModel, tokenizer, text: str) -> list[dict]:
     for layer, (slot, (x, _)) in enumerate(zip(slots(model), tape, strict=True)):
         conv = getattr(slot.paths[slot.active], "dynamic_conv1d", None)
         kernels = None if conv is None else conv.kernel_generator(x)[0]
-        motion = 0.0 if kernels is None else float(kernels.std(0).mean() / kernels.abs().mean())
+        motion = None if kernels is None else float(kernels.std(0).mean() / kernels.abs().mean())
         rows.append({"layer": layer, "motion": motion})
     return rows

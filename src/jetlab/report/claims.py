@@ -6,7 +6,8 @@ verdict is computed from the numbers each time, never stored.
     rule         above X · below X · within X (|ours| at most X) · near R (ours within the fraction R of the paper's
                  value) · untested
 
-Where our number has a standard error, a verdict needs two of them between it and the limit.
+Where our number has a standard error, a verdict needs two of them between it and the limit. Scores are fractions; against
+a claim in points they count in points, 100 to the whole.
 """
 
 import csv
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from jetlab import paths
 from jetlab.report.derived import DERIVED
-from jetlab.report.study import Estimate, Study
+from jetlab.report.study import STAGES, Estimate, Study
 
 AGREES, DISAGREES, CANNOT_TELL, NOT_TESTED = "agrees", "disagrees", "cannot tell", "not tested here"
 VERDICTS = (AGREES, DISAGREES, CANNOT_TELL, NOT_TESTED)
@@ -77,7 +78,8 @@ def measure(key: str, study: Study) -> Estimate | None:
 def verdict(ours: Estimate | None, rule: str, paper_value: float | None = None) -> str:
     """What `rule` says about our number: one of VERDICTS.
 
-    The distance to the limit must exceed 2 standard errors, else "cannot tell"; a number without error decides alone.
+    The distance to the limit must exceed 2 standard errors, else "cannot tell", as for two scores that both stand at the
+    ceiling with an error of 0; a number without error decides alone.
     Raises ValueError for a rule that is none of above, below, within, near, untested.
     """
     word, _, limit = rule.partition(" ")
@@ -99,8 +101,7 @@ def verdict(ours: Estimate | None, rule: str, paper_value: float | None = None) 
         margin = limit * abs(paper_value) - abs(ours.value - paper_value)
     else:
         raise ValueError(f"a rule starts with above, below, within, near or untested, got {rule!r}")
-    slack = 2 * ours.se if ours.se is not None else 0.0
-    if slack and abs(margin) <= slack:
+    if ours.se is not None and abs(margin) <= 2 * ours.se:
         return CANNOT_TELL
     strict = word in ("above", "below")
     return AGREES if margin > 0 or (margin == 0 and not strict) else DISAGREES
@@ -109,6 +110,8 @@ def verdict(ours: Estimate | None, rule: str, paper_value: float | None = None) 
 def judge(claim: Claim, study: Study) -> Judged:
     """The claim with our number and the verdict."""
     ours = measure(claim.metric_key, study) if claim.metric_key else None
+    if ours is not None and claim.unit == "points" and claim.kind in STAGES:
+        ours = ours.times(100)
     return Judged(claim, ours, verdict(ours, claim.rule, claim.paper_value))
 
 

@@ -108,7 +108,7 @@ def table2_params_equal(study: Study) -> Estimate:
     """Rows of Table 2 whose parameter count the closed form rounds to."""
     rows = study.paper["table2_hardware_aware_search"]
     counts = [_grid_params(row["n_heads"], row["d_k"], row["d_v"]) / 1e9 for row in rows]
-    return Estimate(float(sum(abs(c - row["params_b"]) <= 0.0055 for c, row in zip(counts, rows, strict=True))))
+    return Estimate(float(sum(abs(c - row["params_b"]) <= 0.005 for c, row in zip(counts, rows, strict=True))))
 
 
 @_derived
@@ -259,11 +259,11 @@ def few_layers_matter(study: Study) -> Estimate:
 
 @_derived
 def distinct_best_layers(study: Study) -> Estimate:
-    """Different best layers among the scored tasks of a teacher; mean over teachers."""
+    """Different best layers among the scored tasks of a teacher; mean and spread over teachers."""
     best: dict = {}
     for (teacher, _), scores in _importance(study).items():
         best.setdefault(teacher, set()).add(max(scores, key=lambda layer: (scores[layer], -layer)))
-    return Estimate(sum(len(layers) for layers in best.values()) / len(best), None, len(best))
+    return _spread([len(layers) for layers in best.values()])
 
 
 @_derived
@@ -344,6 +344,11 @@ def stage1_below_teacher(study: Study) -> Estimate | None:
     pairs = [(study.get("evaluate", f"{t}_teacher"), study.get("distill", f"{t}_stage1")) for t in SCORED_TASKS]
     differences = [a - b for a, b in pairs if a and b]
     return mean(differences) if differences else None
+
+
+@_derived
+def stage2_over_stage1(study: Study) -> Estimate | None:
+    return _mean_difference(study, "distill", "stage2", "stage1")
 
 
 @_derived

@@ -12,6 +12,7 @@ from jetlab.report import figures
 from jetlab.report.claims import AGREES, CANNOT_TELL, DISAGREES, NOT_TESTED, VERDICTS, Judged
 from jetlab.report.derived import DERIVED, speedups
 from jetlab.report.study import SCORED_TASKS, STAGES, Estimate, Study
+from jetlab.search.hardware import RULE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,8 +252,8 @@ def _ratios(study: Study) -> Table:
     header = (
         "context [tokens]",
         "decode, paper",
-        "decode floor, H100",
-        "decode floor, H200",
+        "decode, allowed on an H100",
+        "decode, allowed on an H200",
         "bytes a token (fp32 – bf16 states)",
         "prefill, paper",
         "operations of a prefill",
@@ -296,10 +297,12 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         Heading(2, "How to read a verdict"),
         Paragraph(
             "**agrees** and **disagrees** need two standard errors (se) between our number and the limit that the "
-            "claim sets; **cannot tell** lies within them; **not tested here** says why. Differences of two scores add "
-            "their errors in squares although both models answer the same questions, so they err towards "
-            "*cannot tell*. n counts contexts, of several questions each (or searches, models). Throughput errors are "
-            "the spread over repeats. "
+            "claim sets; **cannot tell** lies within them; **not tested here** says why. Scores are fractions of "
+            "right answers, differences against a number in points are in points; text is in bits per character, lower "
+            "is better. The error of a score is that of its test contexts, and differences add two of them in squares. "
+            "It is not that of training: from section 4 on each model is one training run, so a verdict between two of "
+            "them says which of these two was better, not that the next seed will agree. n counts contexts, of several "
+            "questions each (or searches, models). Throughput errors are the spread over repeats. "
             "For a speed of a published model the number beside the paper's is the ratio that memory traffic and "
             "operations allow: **disagrees** then says that the hardware alone does not give the printed ratio. "
             "With this many comparisons, about one in twenty lies outside two standard errors by chance."
@@ -346,7 +349,9 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         items,
         "blocks",
         "4 · Which linear block (paper: Sec 2.3, Table 1)",
-        "Each block at the found placement and equal state size, same data and steps; parameters are not equal. The "
+        "Each block at the found placement with the same heads and widths, so with a matrix state of the same size; "
+        "parameters differ, and so do the bytes of all that is carried, by the inputs of the convolutions. Same data "
+        "and steps. Where a task is near 1 for all blocks it tells nothing, and the mean rests on the others. The "
         "paper timed RWKV7 but did not train it, and gives the JetBlock's scores in Fig 3. Best here, chosen on other "
         f"examples than those of the table: {best_block}. The controls, facts and text, stand in the notebook.",
         *figure("blocks", "Accuracy of the blocks, with standard errors."),
@@ -366,7 +371,9 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         items,
         "hardware",
         "6 · Widths at equal cache (paper: Sec 2.5, Table 2)",
-        f"All settings hold the same number of state elements. Chosen by accuracy and bytes alone: {best_size}.",
+        f"All settings hold the same number of state elements. The rule, set beforehand: {RULE}. It takes "
+        f"{best_size}. Where retrieval and math are at the ceiling, that is a choice by size alone, whatever the other "
+        "tasks lose.",
         *figure("hardware", "Accuracy of the settings, with standard errors."),
         _grid(study),
     )

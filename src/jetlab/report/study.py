@@ -39,6 +39,10 @@ class Estimate:
         counts = [e.n for e in (self, other) if e.n is not None]
         return Estimate(self.value - other.value, se, min(counts) if counts else None)
 
+    def times(self, factor: float) -> "Estimate":
+        """The same in a unit that is 1 / `factor` as large."""
+        return Estimate(factor * self.value, None if self.se is None else abs(factor) * self.se, self.n)
+
 
 def mean(estimates: list[Estimate]) -> Estimate:
     """Mean of independent estimates; its error is √Σse² / count, its n the sum."""

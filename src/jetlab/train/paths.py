@@ -50,6 +50,11 @@ def forward(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, tuple[Tensor,
     return out.last_hidden_state, out.hidden_states[1:]
 
 
+def difficulty(training: Training, step: int) -> float:
+    """Share of the full size that contexts reach at a step end to end: from a tenth to 1."""
+    return min(1.0, 0.1 + step / (training.growth * training.n_steps)) if training.growth else 1.0
+
+
 def train_paths(
     model: PreTrainedModel,
     mixture: Mixture,
@@ -86,7 +91,7 @@ def train_paths(
         return torch.stack(losses).mean(), {}
 
     def end_to_end(step: int):
-        batch = mixture.batch(n_local + step, training.difficulty(step)).to(device)
+        batch = mixture.batch(n_local + step, difficulty(training, step)).to(device)
         position, _, which = batch.targets()
         last_t, features_t, _ = teacher(batch)
         activate(model, law(step))
