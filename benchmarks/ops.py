@@ -21,10 +21,11 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from jetlab.ops import dplr_delta_rule, gated_delta_rule, gated_linear_attention
 
 RULES = [  # B, T, H, K, V
+    (8, 256, 4, 8, 16),  # the study's laptop profile
     *((8, T, 4, 16, 16) for T in (128, 256, 512, 1024)),
-    (8, 128, 4, 32, 32),
-    (2, 256, 4, 64, 64),
-    (1, 256, 4, 96, 128),
+    *((8, T, 4, 32, 32) for T in (128, 1024)),
+    *((2, T, 4, 64, 64) for T in (256, 1024)),
+    *((1, T, 4, 96, 128) for T in (256, 1024)),
 ]
 
 

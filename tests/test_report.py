@@ -8,11 +8,10 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from jetlab import report
-from jetlab.paths import MissingInput
-from jetlab.report import figures
+from jetlab.paths import ROOT, MissingInput
+from jetlab.report import document, figures
 from jetlab.report.claims import AGREES, CANNOT_TELL, DISAGREES, NOT_TESTED, measure
 from jetlab.report.derived import DERIVED, speedups
-from jetlab.report.document import with_error
 from jetlab.report.study import FILES, SCORED_TASKS, Estimate
 
 TASKS = (*SCORED_TASKS, "facts", "text")
@@ -381,4 +380,19 @@ def test_in_a_fresh_clone_the_committed_notebooks_stand_in(tree, tmp_path):
     ],
 )
 def test_numbers_show_as_many_digits_as_their_error_leaves(estimate, text):
-    assert with_error(estimate) == text
+    assert document.with_error(estimate) == text
+
+
+def test_the_readme_shows_the_verdicts_of_the_committed_results():
+    judged = {f"{item.claim.claim} ({item.claim.source})": item for item in report.judge_all(report.load())}
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split("results:begin")[1].split("results:end")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line[:1] == "|"][2:]
+    assert rows
+    for name, paper, ours, verdict in rows:
+        item = judged[name]
+        if item.claim.kind != "throughput":  # measured anew, and with other noise, by whoever runs the study
+            assert [paper, ours, verdict] == [
+                document.paper_value(item),
+                document.with_error(item.ours),
+                item.verdict,
+            ], name

@@ -1,6 +1,7 @@
 """Specification of loading and saving: the released layout, round trips, and tensors that do not fit."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -18,10 +19,6 @@ HYBRID = ["jetblock", "attention", "sliding_attention", "gla"]
 RELEASED_CONFIG = {
     "architectures": ["JetNemotronForCausalLM"],
     "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_jet_nemotron.JetNemotronConfig",
-        "AutoModelForCausalLM": "modeling_jet_nemotron.JetNemotronForCausalLM",
-    },
     "bos_token_id": 43,
     "efficient_attention_config": {
         "jet": {
@@ -152,6 +149,17 @@ class TestRoundTrip:
         torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
 
+    @torch.no_grad()
+    def test_layers_that_stay_on_the_disk_compute_the_same(self, mixture, build_model, tokens, tmp_path):
+        model, ids = build_model(mixture).float(), tokens(2, 9)
+        model.save_pretrained(tmp_path / "model")
+        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.layers": "disk"}
+        again = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+        )
+        assert all(p.device.type == "meta" for p in again.model.layers.parameters())
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
     def test_the_decoder_of_an_untied_model_loads_without_its_head(self, build_model, tmp_path):
         model = build_model(HYBRID, tie_word_embeddings=False)
         model.save_pretrained(tmp_path)
@@ -161,7 +169,8 @@ class TestRoundTrip:
 
     def test_loading_information_is_given_on_request(self, build_model, tmp_path):
         build_model(HYBRID).save_pretrained(tmp_path)
-        _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert isinstance(model, JetNemotronForCausalLM)
         assert not info["missing_keys"]
 
 
@@ -185,6 +194,24 @@ class TestTensorsThatDoNotFit:
         tensors["model.layers.3.self_attn.o_norm.weight"] = torch.ones(15).bfloat16()
         with pytest.raises(
             ValueError, match=r"of another shape: model.layers.3.self_attn.o_norm.weight \[15\] for \[16\]"
+        ):
+            AutoModelForCausalLM.from_pretrained(write(tmp_path, tensors))
+
+    def test_a_tensor_missing_in_a_shard_is_named(self, build_model, tmp_path):
+        build_model(HYBRID).save_pretrained(tmp_path, max_shard_size="40KB")
+        shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+        tensors = load_file(shard)
+        name = min(tensors)
+        del tensors[name]
+        save_file(tensors, shard, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"missing: {re.escape(name)}; correct config"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    def test_a_head_that_differs_from_the_embeddings_it_is_tied_to_is_refused(self, tmp_path):
+        tensors = released_tensors()
+        tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+        with pytest.raises(
+            ValueError, match=r"lm_head.weight of .* must equal the embeddings, because config.json ties"
         ):
             AutoModelForCausalLM.from_pretrained(write(tmp_path, tensors))
 

@@ -11,10 +11,6 @@ from jetlab.hf import JetNemotronConfig
 RELEASED = {
     "architectures": ["JetNemotronForCausalLM"],
     "attention_dropout": 0.0,
-    "auto_map": {
-        "AutoConfig": "configuration_jet_nemotron.JetNemotronConfig",
-        "AutoModelForCausalLM": "modeling_jet_nemotron.JetNemotronForCausalLM",
-    },
     "bos_token_id": 151643,
     "efficient_attention_config": {
         "jet": {
@@ -108,6 +104,27 @@ def test_the_defaults_are_those_of_the_2b_model(released):
     assert JetNemotronConfig().efficient_attention_config is not default.efficient_attention_config
 
 
+def test_keywords_take_the_place_of_what_the_file_says(released):
+    kinds = ["jet", "attn"]
+    config = AutoConfig.from_pretrained(released, layer_types=kinds, num_hidden_layers=2, rms_norm_eps="1e-5")
+    assert (config.layer_kinds, config.rms_norm_eps) == (["jetblock", "attention"], 1e-5)
+    assert AutoConfig.from_pretrained(released, layer_kinds=["attention"] * 28).layer_kinds[0] == "attention"
+    _, unused = AutoConfig.from_pretrained(released, use_cache=False, no_such_key=1, return_unused_kwargs=True)
+    assert unused == {"no_such_key": 1}
+    with pytest.raises(ValueError, match=r"rope_scaling must be null"):
+        AutoConfig.from_pretrained(released, rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    with pytest.raises(ValueError, match=r"one kind for each of the num_hidden_layers=1 layers, got 28"):
+        AutoConfig.from_pretrained(released, num_hidden_layers=1)
+
+
+def test_keys_that_would_mislead_are_left_behind(tmp_path):
+    files = {"AutoConfig": "configuration_jet_nemotron.JetNemotronConfig"}  # which a saved folder does not hold
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED | {"sliding_window": 4096, "auto_map": files}))
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
+    assert config.sliding_window == 1152
+    assert not {"sliding_window", "auto_map"} & set(config.to_dict())
+
+
 def test_positions_written_by_transformers_5_are_read():
     config = JetNemotronConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     assert config.rope_theta == 5e5
@@ -167,7 +184,7 @@ JET = RELEASED["efficient_attention_config"]["jet"]
         ),
         pytest.param(
             {"efficient_attention_config": {"jet": JET | {"norm_eps": "small"}, "swa": {"window_size": 4}}},
-            r"efficient_attention_config\['jet'\]\['norm_eps'\] must be a number, .*got 'small'",
+            r"efficient_attention_config\['jet'\]\['norm_eps'\] must be a number above 0, .*got 'small'",
             id="epsilon-without-number",
         ),
         pytest.param(
@@ -201,6 +218,34 @@ JET = RELEASED["efficient_attention_config"]["jet"]
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
             r"rope_scaling must be null or of the type 'default', got .*yarn.*; this model has plain rotary positions",
             id="scaled-positions",
+        ),
+        pytest.param(
+            {"rope_scaling": {"factor": 4.0}}, r"rope_scaling must be null .*got \{'factor': 4.0\}", id="no-type"
+        ),
+        pytest.param({"rope_scaling": "yarn"}, r"rope_scaling must be null .*got yarn", id="positions-by-name"),
+        pytest.param({"rope_theta": -1}, r"rope_theta must be a number above 0, .*got -1", id="negative-base"),
+        pytest.param({"rms_norm_eps": "nan"}, r"rms_norm_eps must be a number above 0, .*got 'nan'", id="nan-epsilon"),
+        pytest.param(
+            {"attention_dropout": 1.5}, r"attention_dropout must be 0 or more and below 1, got 1.5", id="dropout"
+        ),
+        pytest.param({"hidden_act": "foo"}, r"hidden_act must be known to Transformers, got 'foo'", id="activation"),
+        pytest.param(
+            {"norm_eps": 1e-5}, r"'norm_eps' must be no key of config.json, got 1e-05; remove it", id="no-key"
+        ),
+        pytest.param(
+            {"efficient_attention_config": {"jet": JET | {"head_dim_v": 128}, "swa": {"window_size": 4}}},
+            r"\['jet'\]: head_dim_v must be head_dim · expand_v where both are given, got 128 and 256",
+            id="two-value-widths",
+        ),
+        pytest.param(
+            {
+                "efficient_attention_config": {
+                    "jet": JET | {"options": {"generator_hidden": 32}},
+                    "swa": {"window_size": 4},
+                }
+            },
+            r"\['jet'\]: options\['generator_hidden'\] must be 384, as dconv_generator_reduction says, got 32",
+            id="two-generators",
         ),
     ],
 )

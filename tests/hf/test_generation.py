@@ -12,6 +12,12 @@ WAYS = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "top_k": 0, "temperature": 1.5},
     "beam": {"do_sample": False, "num_beams": 3},
+    "every-beam-to-its-end": {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "eos_token_id": [5, 9],
+        "early_stopping": True,
+    },
     "several-samples": {"do_sample": True, "num_return_sequences": 2},
 }
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

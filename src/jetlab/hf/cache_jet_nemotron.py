@@ -109,6 +109,11 @@ class JetNemotronCache(Cache):
         super().__init__(layers=[_layer(*arguments) for arguments in self._arguments])
 
     @property
+    def layer_kinds(self) -> list[str]:
+        """The architecture that this cache belongs to."""
+        return [kind for kind, _, _ in self._arguments]
+
+    @property
     def is_linear(self) -> list[bool]:
         return [isinstance(layer, RecurrentLayer) for layer in self.layers]
 

@@ -7,10 +7,12 @@ released words exist in the JSON alone: `__init__` reads them, `to_dict` and `sa
 
 import copy
 import difflib
+import math
 from dataclasses import field
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from jetlab.layers import MIXERS
 from jetlab.layers.dims import BlockDims
@@ -46,8 +48,10 @@ class JetNemotronConfig(PreTrainedConfig):
     rope_theta                  base of the plain rotary embedding of the attention layers; linear layers see no positions
 
     `layer_types` in place of `layer_kinds`, and sections under released words ("jet", "swa"), are read as well; so are
-    "norm_eps" and "expand_v" as strings ("1e-5"). Keys that mean nothing here are kept and written back.
-    Raises ValueError if a kind is unknown or its section absent, if a number breaks a rule, or if positions are scaled.
+    numbers as strings ("1e-5"). Keys that mean nothing here are kept and written back, but for two: a `sliding_window`
+    beside the section's, and `auto_map`, which names files that `save_pretrained` does not write.
+    Raises ValueError if a kind is unknown or its section absent, if a number breaks a rule, if two keys contradict each
+    other, or if positions are scaled.
     """
 
     model_type = "jet_nemotron"
@@ -78,6 +82,11 @@ class JetNemotronConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.layer_kinds = [_KIND_OF.get(word, word) for word in kwargs.pop("layer_types", None) or self.layer_kinds]
+        kwargs.pop("sliding_window", None)  # Qwen2's key, which many files carry along unused
+        if taken := sorted(key for key in kwargs if callable(getattr(type(self), key, None))):
+            raise ValueError(f"{taken[0]!r} must be no key of config.json, got {kwargs[taken[0]]!r}; remove it")
+        for name in ("rope_theta", "rms_norm_eps"):
+            setattr(self, name, _number(name, getattr(self, name)))
         sections = self.efficient_attention_config or {}
         self.efficient_attention_config = {_KIND_OF.get(key, key): copy.deepcopy(sections[key]) for key in sections}
         if len(self.efficient_attention_config) < len(sections):
@@ -103,12 +112,26 @@ class JetNemotronConfig(PreTrainedConfig):
         """`rope_scaling` of the released files (null) and `rope_parameters` of Transformers 5, which must not scale."""
         for key in ("rope_scaling", "rope_parameters"):
             parameters = kwargs.pop(key, None) or {}
-            if parameters.get("rope_type", parameters.get("type", "default")) != "default":
+            plain = isinstance(parameters, dict) and set(parameters) <= {"rope_type", "type", "rope_theta"}
+            if not plain or parameters.get("rope_type", parameters.get("type", "default")) != "default":
                 raise ValueError(
                     f"{key} must be null or of the type 'default', got {parameters}; this model has plain rotary "
                     "positions: remove the key and set rope_theta and max_position_embeddings"
                 )
-            self.rope_theta = parameters.get("rope_theta", self.rope_theta)
+            self.rope_theta = _number(f"{key}['rope_theta']", parameters.get("rope_theta", self.rope_theta))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Self:
+        """The configuration of a dictionary with `kwargs` in place of its entries.
+
+        They are laid over the dictionary before it is read: Transformers sets them on what was read, where `layer_types`
+        and `rope_scaling` are no attributes and would be dropped, and no rule would be asked again.
+        """
+        keys = {"layer_types", "rope_scaling", "rope_parameters", *cls.__dataclass_fields__}
+        changed = {key: kwargs.pop(key) for key in list(kwargs) if key in keys and key not in ("dtype", "torch_dtype")}
+        if "layer_kinds" in changed:
+            config_dict = {key: value for key, value in config_dict.items() if key != "layer_types"}
+        return super().from_dict(config_dict | changed, **kwargs)
 
     def check(self) -> None:
         """Raises ValueError where a value breaks a rule; called again by the model, for attributes that were set later."""
@@ -123,6 +146,16 @@ class JetNemotronConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, for the rotary halves, got {self.head_dim}; take the next one")
+        for name in ("rope_theta", "rms_norm_eps"):
+            _number(name, getattr(self, name))
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(
+                f"attention_dropout must be 0 or more and below 1, got {self.attention_dropout}; 0 is none"
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act must be known to Transformers, got {self.hidden_act!r}; the models have 'silu'"
+            )
         if len(self.layer_kinds) != self.num_hidden_layers:
             raise ValueError(
                 "layer_kinds (layer_types in JSON) must name one kind for each of the num_hidden_layers="
@@ -159,14 +192,19 @@ class JetNemotronConfig(PreTrainedConfig):
         n_heads, head_dim = self._entry(kind, "num_heads"), self._entry(kind, "head_dim")
         _positive(f"{_path(kind)}['head_dim']", head_dim, "give the width of a query and key head")
         head_dim_v = section.get("head_dim_v")
-        if head_dim_v is None:
-            expand_v = self._entry(kind, "expand_v", "head_dim_v")
+        if head_dim_v is None or section.get("expand_v") is not None:
+            expand_v, given = self._entry(kind, "expand_v", "head_dim_v"), head_dim_v
             width = head_dim * _number(f"{_path(kind)}['expand_v']", expand_v)
             head_dim_v = round(width)
             if abs(width - head_dim_v) > 1e-3:  # the files write 8/3 with ten digits
                 raise ValueError(
                     f"{_path(kind)}: head_dim · expand_v must be a whole number, got {head_dim} · {expand_v} = "
                     f"{width:.6g}; give head_dim_v={head_dim_v} in place of expand_v"
+                )
+            if given not in (None, head_dim_v):
+                raise ValueError(
+                    f"{_path(kind)}: head_dim_v must be head_dim · expand_v where both are given, got {given} and "
+                    f"{head_dim_v}; remove one of them"
                 )
         try:
             return BlockDims(self.hidden_size, n_heads, head_dim, head_dim_v, section.get("conv_size", 4))
@@ -185,7 +223,11 @@ class JetNemotronConfig(PreTrainedConfig):
                     f"{_path(kind)}['dconv_generator_reduction'] must not exceed num_heads · head_dim_v = {value_dim}, "
                     f"got {reduction}; the generator would have no units"
                 )
-            options.setdefault("generator_hidden", value_dim // reduction)
+            if options.setdefault("generator_hidden", value_dim // reduction) != value_dim // reduction:
+                raise ValueError(
+                    f"{_path(kind)}: options['generator_hidden'] must be {value_dim // reduction}, as "
+                    f"dconv_generator_reduction says, got {options['generator_hidden']}; remove one of them"
+                )
         return options
 
     def norm_eps(self, kind: str) -> float | None:
@@ -219,6 +261,7 @@ class JetNemotronConfig(PreTrainedConfig):
         output["efficient_attention_config"] = {RELEASED_WORDS.get(kind, kind): x for kind, x in sections.items()}
         output["rope_scaling"] = None
         output["torch_dtype"] = output.pop("dtype", None)
+        output.pop("auto_map", None)
         return output
 
 
@@ -233,6 +276,11 @@ def _positive(name: str, value: Any, way_out: str) -> None:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number, or a string that holds one, got {value!r}; write 1e-5") from None
+        number = math.nan
+    if not 0 < number < math.inf:  # false for NaN too
+        raise ValueError(
+            f"{name} must be a number above 0, or a string that holds one, got {value!r}; the released files have it"
+        )
+    return number

@@ -127,7 +127,10 @@ def linear_mixer(config: JetNemotronConfig, layer_idx: int) -> nn.Module:
         options |= {"layer_idx": layer_idx, "n_layers": config.num_hidden_layers, "first": first}
     device = torch.get_default_device()
     with torch.device(device if device.type == "meta" else "cpu"):
-        mixer = MIXERS[kind](config.block_dims(kind), **options).to(device)
+        try:
+            mixer = MIXERS[kind](config.block_dims(kind), **options).to(device)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"layer {layer_idx}, efficient_attention_config[{kind!r}]: {error}") from error
     eps = config.norm_eps(kind)
     for module in mixer.modules():
         module._is_hf_initialized = True  # Transformers would draw its N(0, initializer_range) over it
@@ -167,6 +170,7 @@ class JetNemotronDecoderLayer(GradientCheckpointingLayer):
                 position_embeddings=position_embeddings,
                 attention_mask=masks[self.kind],
                 past_key_values=past_key_values,
+                position_ids=position_ids,  # flash attention sees in them where packed documents begin
                 **kwargs,
             )
         else:

@@ -61,6 +61,7 @@ def create_masks(
     return masks
 
 
+@torch.compiler.disable  # the graph breaks here, since it must not depend on values
 def packed_documents(position_ids: Tensor) -> Tensor | None:
     """cu_seqlens of a row in which positions start afresh, the way that Transformers packs documents; None if none do.
 
@@ -126,6 +127,16 @@ class JetNemotronPreTrainedModel(PreTrainedModel):
                 f"every tensor of {pretrained_model_name_or_path} must fit its config.json, got tensors {listed}; "
                 "correct config.json (layer_types, efficient_attention_config, widths) or fetch the weights again"
             )
+        head = model.get_output_embeddings()
+        if (
+            head is not None
+            and model.config.tie_word_embeddings
+            and head.weight is not model.get_input_embeddings().weight
+        ):
+            raise ValueError(
+                f"lm_head.weight of {pretrained_model_name_or_path} must equal the embeddings, because config.json ties "
+                "the two, got another one; set tie_word_embeddings to false in config.json, or remove the tensor"
+            )
         return (model, info) if with_info else model
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
@@ -172,18 +183,26 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         `attention_mask` [B, past + T] is 0 at padding; `generate` may hand over the result of `create_masks`.
         `position_ids` [B or 1, T] count tokens, padding left out, and are computed where absent. Positions that start
         afresh in a row, without mask and cache, mark packed documents: no token then sees another document, and no
-        cache is returned (not seen under torch.compile, whose graphs do not depend on values).
-        Raises ValueError for both or neither of input_ids and inputs_embeds, for a cache of another class and for a
-        mask of another length.
+        cache is returned. `cu_seq_lens_q` [N+1], the ends of N documents in the row, says the same.
+        Raises ValueError for both or neither of input_ids and inputs_embeds, for a cache of another class or of another
+        architecture, and for a mask or positions of another shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds, got both or neither; leave the other one None")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         T = x.shape[1]
 
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            begins = kwargs["cu_seq_lens_q"][:-1].long()
+            position_ids = torch.arange(T, device=x.device)[None]
+            position_ids = position_ids - begins.repeat_interleave(kwargs["cu_seq_lens_q"].diff().long())
+        if position_ids is not None and (position_ids.ndim != 2 or position_ids.shape[1] != T):
+            raise ValueError(
+                f"position_ids must be [B or 1, T] with T = {T} new tokens, got {list(position_ids.shape)}; leave them out"
+            )
         cu_seqlens = None
         if position_ids is not None and attention_mask is None and past_key_values is None:
-            cu_seqlens = None if torch.compiler.is_compiling() else packed_documents(position_ids)
+            cu_seqlens = packed_documents(position_ids)
         if past_key_values is None and use_cache and cu_seqlens is None:
             past_key_values = JetNemotronCache(self.config)
         if past_key_values is not None and not isinstance(past_key_values, JetNemotronCache):
@@ -191,8 +210,18 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
                 f"past_key_values must be a JetNemotronCache, got a {type(past_key_values).__name__}; pass "
                 "JetNemotronCache(model.config), or None to have one made"
             )
+        if past_key_values is not None and past_key_values.layer_kinds != self.config.layer_kinds:
+            raise ValueError(
+                "past_key_values must be made for this model's layer_kinds, "
+                f"{self.config.layer_kinds}, got a cache for {past_key_values.layer_kinds}; pass JetNemotronCache(model.config)"
+            )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         padded = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        if isinstance(attention_mask, Tensor) and (attention_mask.ndim < 2 or attention_mask.shape[0] != len(x)):
+            raise ValueError(
+                f"attention_mask must be [B, past + T] with B = {len(x)} rows, got {list(attention_mask.shape)}; "
+                "give each row a mask of its own"
+            )
         if padded and isinstance(past, int) and attention_mask.shape[1] != past + T:
             raise ValueError(
                 f"attention_mask must have a column for each of {past} tokens in the cache and {T} new ones, got "

@@ -16,7 +16,7 @@ from jetlab.layers.dims import BlockDims
 from jetlab.layers.gates import decay_and_write
 from jetlab.layers.init import OUTPUT_GAIN, bare, decay_parameters, linear, reuse_attention, short_kernel
 from jetlab.layers.norm import GatedRMSNorm
-from jetlab.layers.projections import project
+from jetlab.layers.projections import is_plain, project
 from jetlab.layers.state import RecurrentState, recurrent_state_bytes
 from jetlab.ops import dynamic_conv, gated_delta_rule, short_conv
 
@@ -43,8 +43,8 @@ class KernelGenerator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.silu(self.w1(x))
-        if hidden.numel() < hidden.shape[-1] ** 2 or type(self.w2) is not nn.Linear:
-            # Few tokens, for which reordering w2 would cost more than it saves, or a layer that stands in for w2.
+        if hidden.numel() < hidden.shape[-1] ** 2 or not is_plain(self.w2):
+            # Few tokens, for which reordering w2 would cost more than it saves, or a layer that must be called.
             return self.w2(hidden).unflatten(-1, (-1, self.conv_size))
         # Rows of w2 are [Vd, W] with the tap fastest; computing them as [W, Vd] makes every tap contiguous.
         weight = self.w2.weight.unflatten(0, (-1, self.conv_size)).transpose(0, 1).flatten(0, 1)

@@ -35,6 +35,13 @@ class GroupedRMSNorm(nn.Module):
         return (o.flatten(-2) * self.weight.to(core)).to(z.dtype)
 
 
+class ShortConv(nn.Conv1d):
+    """`short_conv` with the weight [channels, 1, W] and the bias of a depthwise Conv1d, as checkpoints hold them."""
+
+    def forward(self, x: Tensor, **options) -> tuple[Tensor, Tensor]:
+        return short_conv(x, self.weight.squeeze(1).to(x.dtype), bias=self.bias.to(x.dtype), **options)
+
+
 class Mamba2(nn.Module):
     """Token mixer with a state of n_heads · head_dim · head_dim_v numbers; x, y [B,T,D].
 
@@ -52,7 +59,7 @@ class Mamba2(nn.Module):
         self.dims, self.n_groups, self.backend = dims, n_groups, backend
         D, H, inner, channels = dims.d_model, dims.n_heads, dims.value_dim, _conv_channels(dims, n_groups)
         self.in_proj = linear(D, inner + channels + H, generator)  # rows of z, x, B, C, dt in turn
-        self.conv1d = bare(nn.Conv1d, channels, channels, dims.conv_size, groups=channels)
+        self.conv1d = bare(ShortConv, channels, channels, dims.conv_size, groups=channels)
         with torch.no_grad():
             self.conv1d.weight.copy_(short_kernel(channels, dims.conv_size, generator)[:, None])
             self.conv1d.bias.zero_()
@@ -84,15 +91,8 @@ class Mamba2(nn.Module):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
         H, G, inner, core = self.dims.n_heads, self.n_groups, self.dims.value_dim, core_dtype(x)
         z, xbc, dt = self.in_proj(x).split([inner, _conv_channels(self.dims, G), H], dim=-1)
-        xbc, conv = short_conv(
-            xbc,
-            self.conv1d.weight.squeeze(1).to(x.dtype),
-            bias=self.conv1d.bias.to(x.dtype),
-            state=None if state is None else state.conv[0],
-            activation="silu",
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-        )
+        past = None if state is None else state.conv[0]
+        xbc, conv = self.conv1d(xbc, state=past, activation="silu", mask=mask, cu_seqlens=cu_seqlens)
         v, k, q = xbc.split([inner, G * self.dims.head_dim, G * self.dims.head_dim], dim=-1)
         v = v.unflatten(-1, (H, -1))
         q, k = (part.unflatten(-1, (G, -1)).repeat_interleave(H // G, dim=2) for part in (q, k))

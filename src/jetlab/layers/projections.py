@@ -12,11 +12,21 @@ SMALL = 2**18
 def project(x: Tensor, *groups: tuple[nn.Linear, ...]) -> list[Tensor]:
     """For each group of projections without bias their outputs side by side, [..., Σ n_out], from x [..., D].
 
-    A layer that stands in for a projection (an adapter, a quantised one) is called as it is.
+    A layer that does more than multiply (see `is_plain`) is called as it is.
     """
     layers = [layer for group in groups for layer in group]
-    if all(type(layer) is nn.Linear for layer in layers) and sum(layer.weight.numel() for layer in layers) <= SMALL:
+    if all(map(is_plain, layers)) and sum(layer.weight.numel() for layer in layers) <= SMALL:
         sizes = [sum(layer.out_features for layer in group) for group in groups]
         return list(F.linear(x, torch.cat([layer.weight for layer in layers])).split(sizes, dim=-1))
     parts = [[layer(x) for layer in group] for group in groups]
     return [group[0] if len(group) == 1 else torch.cat(group, -1) for group in parts]
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a call of `layer` is the product with its weight and nothing else.
+
+    It is not for an adapter or a quantised layer in its place, nor where somebody listens to the call or has put another
+    forward on it, as libraries do that fetch weights from elsewhere just before it.
+    """
+    listened = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not listened and "forward" not in vars(layer)

@@ -51,6 +51,15 @@ class LowRank(nn.Module):
         return self.w2(self.activation(self.w1(x)))
 
 
+class HeadNorm(nn.GroupNorm):
+    """Mean 0 and variance 1 over the values of each head, then a weight and a bias per channel; o [B,T,H,V], y in fp32."""
+
+    def forward(self, o: Tensor) -> Tensor:
+        core = core_dtype(o)
+        y = o.to(core).flatten(0, 1).flatten(1)
+        return F.group_norm(y, self.num_groups, self.weight.to(core), self.bias.to(core), self.eps).view_as(o)
+
+
 class RWKV7(nn.Module):
     """Token mixer with a state of n_heads · head_dim · head_dim_v numbers and the last input; x, y [B,T,D].
 
@@ -99,7 +108,7 @@ class RWKV7(nn.Module):
         self.k_k = nn.Parameter(0.71 - 0.1 * (place - 0.5))
         self.k_a = nn.Parameter(torch.full((Kd,), 1.02))
         self.r_k = nn.Parameter(torch.full((H, K), -0.04))
-        self.o_norm = nn.GroupNorm(H, Vd, eps=V * 1e-5)
+        self.o_norm = HeadNorm(H, Vd, eps=V * 1e-5)
         nn.init.constant_(self.o_norm.weight, ((layer_idx + 1) / n_layers) ** 0.7)
         self.o_proj = linear(Vd, D, generator, gain=OUTPUT_GAIN)
         # Drawn last, so that a layer shares every other weight whether it is the first or not.
@@ -177,21 +186,16 @@ class RWKV7(nn.Module):
             g_min=G_MIN,
             backend=self.backend,
         )
-        o = F.group_norm(
-            o.to(core).flatten(0, 1).flatten(1),
-            H,
-            self.o_norm.weight.to(core),
-            self.o_norm.bias.to(core),
-            self.o_norm.eps,
-        ).view_as(o)
         bonus = (r.to(core) * k.to(core) * self.r_k.to(core)).sum(-1, keepdim=True)
-        y = (o + bonus * v.to(core)).flatten(-2).to(x.dtype) * self.g_lora(x_g)
+        y = (self.o_norm(o) + bonus * v.to(core)).flatten(-2).to(x.dtype) * self.g_lora(x_g)
         return self.o_proj(y), RecurrentState(recurrent, (last,))
 
     def _mix_first(self, v: Tensor, x_v: Tensor, shared: dict | None) -> Tensor:
         """v with its share of the first layer's v; the layer that is the first to run mixes its v with itself."""
         v_first = v if shared is None else shared.setdefault(V_FIRST, v)
-        return v if self.v_lora is None else v + (v_first - v) * torch.sigmoid(self.v_lora(x_v))
+        if self.v_lora is None:
+            return v
+        return v + (v_first.to(v.device) - v) * torch.sigmoid(self.v_lora(x_v))  # layers may lie on several devices
 
 
 def default_ranks(dims: BlockDims) -> dict[str, int]:

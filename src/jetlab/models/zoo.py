@@ -234,8 +234,9 @@ def _jet_nemotron_config(s: Shape, common: Mapping):
     from jetlab.hf import JetNemotronConfig
 
     dims = s.linear
-    block = {"num_heads": dims.n_heads, "head_dim": dims.head_dim, "head_dim_v": dims.head_dim_v}
-    block |= {"conv_size": dims.conv_size, "options": {"generator_hidden": dims.generator_dim}}
+    block = {"num_heads": dims.n_heads, "head_dim": dims.head_dim, "expand_v": dims.head_dim_v / dims.head_dim}
+    block |= {"norm_eps": 1e-5, "conv_size": dims.conv_size}
+    block |= {"dconv_generator_reduction": dims.n_heads * dims.head_dim_v // dims.generator_dim}
     return JetNemotronConfig(
         **common,
         rope_theta=entry(s.name)["rope_theta"],

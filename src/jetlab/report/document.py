@@ -79,7 +79,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return Table(tuple(header), tuple(tuple(str(cell) for cell in row) for row in rows))
 
 
-def _paper(item: Judged) -> str:
+def paper_value(item: Judged) -> str:
+    """The number of the claim with its unit, or a dash."""
     if item.claim.paper_value is None:
         return "–"
     return f"{number(item.claim.paper_value)} {item.claim.unit}".strip()
@@ -90,7 +91,7 @@ def verdict_table(items: Sequence[Judged]) -> Table:
     rows = []
     for item in items:
         n = number(item.ours.n) if item.ours else "–"
-        rows.append((item.claim.claim, _paper(item), with_error(item.ours), n, f"**{item.verdict}**"))
+        rows.append((item.claim.claim, paper_value(item), with_error(item.ours), n, f"**{item.verdict}**"))
     return _table(("the paper says", "paper", "ours (this machine) ± se", "n", "verdict"), rows)
 
 
@@ -424,7 +425,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         _table(
             ("claim", "source", "paper", "ours ± se", "verdict", "reason"),
             [
-                (i.claim.claim, i.claim.source, _paper(i), with_error(i.ours), f"**{i.verdict}**", i.claim.reason)
+                (i.claim.claim, i.claim.source, paper_value(i), with_error(i.ours), f"**{i.verdict}**", i.claim.reason)
                 for i in items
             ],
         ),
