@@ -383,6 +383,16 @@ def test_an_adapter_in_place_of_a_projection_is_used(kind, options):
     assert not torch.allclose(mixer(x)[0], before)
 
 
+@every_block
+def test_who_listens_to_a_layer_inside_hears_it(kind, options):
+    mixer, heard = build(kind, options), set()
+    named = {name: layer for name, layer in mixer.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in named.items():
+        layer.register_forward_hook(lambda _layer, _x, _y, name=name: heard.add(name))
+    mixer(tokens(2, 40))
+    assert heard == set(named)
+
+
 def test_an_unknown_kind_is_answered_with_the_known_ones():
     with pytest.raises(KeyError) as error:
         MIXERS["jet_block"]
