@@ -384,6 +384,49 @@ def test_an_adapter_in_place_of_a_projection_is_used(kind, options):
 
 
 @every_block
+def test_what_stands_at_padding_is_not_read(kind, options):
+    mixer, x = build(kind, options), tokens(2, 9)
+    mask = torch.ones(2, 9)
+    mask[0, :3] = mask[1, 6:] = 0
+    y, _ = mixer(x, mask=mask)
+    x[mask == 0] = torch.nan
+    after, _ = mixer(x, mask=mask)
+    torch.testing.assert_close(after[mask == 1], y[mask == 1], rtol=0, atol=0)
+
+
+@every_block
+@pytest.mark.parametrize(
+    ("shape", "given", "message"),
+    [
+        ((9, 24), {}, r"x must be \[B, T, D\] with T ≥ 1 and D = 24, got \[9, 24\]; a single token is"),
+        ((2, 0, 24), {}, r"x must be .* got \[2, 0, 24\]"),
+        ((2, 9, 20), {}, r"x must be .* D = 24, got \[2, 9, 20\]"),
+        ((2, 9, 24), {"mask": torch.ones(1, 9)}, r"mask must be \[B, T\] = \[2, 9\], got \[1, 9\]; give 1 for tokens"),
+        ((1, 4, 24), {"mask": torch.ones(1, 4), "cu_seqlens": torch.tensor([0, 4])}, r"got both cu_seqlens and mask"),
+    ],
+    ids=["rows-of-tokens", "no-token", "another-width", "mask-of-another-batch", "packed-and-padded"],
+)
+def test_an_input_that_does_not_fit_is_refused(kind, options, shape, given, message):
+    with pytest.raises(ValueError, match=message):
+        build(kind, options)(torch.zeros(shape, dtype=torch.float64), **given)
+
+
+def test_a_jetblock_refuses_the_state_of_one_with_other_convolutions():
+    _, state = build("jetblock", {"conv_v": "none"})(tokens(1, 5))
+    with pytest.raises(
+        ValueError, match=r"state must come from a JetBlock with as many convolutions, 1, got one with 0"
+    ):
+        build("jetblock", {})(tokens(1, 5), state)
+
+
+def test_a_bias_of_a_projection_is_used():
+    mixer, x = build("gla", {}), tokens(1, 5)
+    before, _ = mixer(x)
+    mixer.v_proj.bias = nn.Parameter(torch.ones(mixer.v_proj.out_features, dtype=torch.float64))
+    assert not torch.allclose(mixer(x)[0], before)
+
+
+@every_block
 def test_who_listens_to_a_layer_inside_hears_it(kind, options):
     mixer, heard = build(kind, options), set()
     named = {name: layer for name, layer in mixer.named_modules() if isinstance(layer, nn.Linear)}

@@ -1,4 +1,4 @@
-"""Specification of five blocks by their equations: loops over tokens and heads, in fp64, with none of our operations.
+"""Specification of the published blocks by their equations: loops over tokens and heads, in fp64, with none of our operations.
 
 Each loop is written for one sequence x [T, D] and reads the block's own weights.
 """
@@ -77,6 +77,23 @@ def test_deltanet_corrects_what_a_unit_key_holds():
             key = unit(head(k[t], h, K))
             S = S + beta[t, h] * torch.outer(key, head(v[t], h, V) - S.T @ key)
             head(o[t], h, V)[:] = rms(S.T @ unit(head(q[t], h, K)) / math.sqrt(K)) * mixer.o_norm.weight
+    torch.testing.assert_close(mixer(x[None])[0][0], o @ mixer.o_proj.weight.T, rtol=1e-9, atol=1e-9)
+
+
+def test_gated_deltanet_fades_first_and_then_corrects():
+    mixer, x = build("gated_deltanet"), tokens()
+    projected = torch.cat([x @ layer.weight.T for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj)], 1)
+    q, k, v = convolved(projected, mixer.conv).split([H * K, H * K, H * V], 1)
+    z, a, b = (x @ layer.weight.T for layer in (mixer.g_proj, mixer.a_proj, mixer.b_proj))
+    fade = torch.exp(-torch.exp(mixer.A_log) * torch.log1p(torch.exp(a + mixer.dt_bias)))
+    o = torch.zeros(len(x), H * V, dtype=x.dtype)
+    for h in range(H):
+        S = torch.zeros(K, V, dtype=x.dtype)
+        for t in range(len(x)):
+            key, S = unit(head(k[t], h, K)), fade[t, h] * S
+            S = S + sigmoid(b[t, h]) * torch.outer(key, head(v[t], h, V) - S.T @ key)
+            read = S.T @ unit(head(q[t], h, K)) / math.sqrt(K)
+            head(o[t], h, V)[:] = rms(read) * mixer.o_norm.weight * silu(head(z[t], h, V))
     torch.testing.assert_close(mixer(x[None])[0][0], o @ mixer.o_proj.weight.T, rtol=1e-9, atol=1e-9)
 
 

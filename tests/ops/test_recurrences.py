@@ -301,7 +301,21 @@ def test_the_backend_taken_is_told():
         ({"v": torch.zeros(1, 3, 2, 6)}, r"v must be \[B, T, H, V\] .* got \[1, 3, 2, 6\]; reshape"),
         ({"g": torch.zeros(1, 4)}, r"g must be \[B, T, H.* got \[1, 4\]; "),
         ({"state": torch.zeros(1, 2, 6, 8)}, r"state must be .* = \[1, 2, 8, 6\].* got \[1, 2, 6, 8\]; pass"),
+        (
+            {"q": torch.zeros(1, 4, 2, 8, dtype=torch.long)},
+            r"q must be a tensor of floating-point numbers, got torch.int64",
+        ),
+        ({"v": [[1.0]]}, r"v must be a tensor of floating-point numbers, got list; convert it"),
+        (
+            {"q": torch.zeros(1, 4, 2, 8).bfloat16()},
+            r"must have one dtype, got torch.bfloat16, torch.float32 and torch.flo",
+        ),
+        ({"state": [1.0]}, r"state must be a tensor of floating-point numbers, got list; convert it"),
         ({"chunk_size": 0}, r"chunk_size must be at least 1, got 0; leave it out"),
+        (
+            {"cu_seqlens": torch.tensor([0.0, 4.0])},
+            r"cu_seqlens must be a tensor of whole numbers \[N\+1\], got tensor",
+        ),
         ({"cu_seqlens": torch.tensor([0, 3])}, r"must rise strictly from 0 to .* 4, got \[0, 3\]; drop"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -314,6 +328,8 @@ def test_what_does_not_fit_is_refused(rule, change, message):
 @pytest.mark.parametrize(
     ("rule", "change", "message"),
     [
+        ("gated-delta", {"beta": None}, r"beta must be a tensor of floating-point numbers, got NoneType"),
+        ("dplr", {"a": None}, r"a must be a tensor of floating-point numbers, got NoneType"),
         ("gated-delta", {"g": torch.zeros(1, 4, 2, 8)}, r"g must be \[B, T, H\] = \[1, 4, 2\].*8\]; a decay .* dplr"),
         ("gated-delta", {"beta": torch.zeros(1, 4)}, r"beta must be \[B, T, H\] = \[1, 4, 2\].* got \[1, 4\]"),
         ("dplr", {"g": torch.zeros(1, 4, 2)}, r"g must be \[B, T, H, K\] = \[1, 4, 2, 8\].* got \[1, 4, 2\]; a number"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jetlab.layers.dims import BlockDims
-from jetlab.layers.gates import zero_padding
+from jetlab.layers.gates import real_tokens, zero_padding
 from jetlab.layers.init import OUTPUT_GAIN, linear, reuse_attention, short_kernel
 from jetlab.layers.norm import RMSNorm
 from jetlab.layers.projections import project
@@ -51,6 +51,7 @@ class DeltaNet(nn.Module):
 
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
+        x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H, Kd, Vd = self.dims.n_heads, self.dims.key_dim, self.dims.value_dim
         qkv, b = project(x, (self.q_proj, self.k_proj, self.v_proj), (self.b_proj,))
         qkv, conv = short_conv(

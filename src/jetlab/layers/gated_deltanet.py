@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jetlab.layers.dims import BlockDims
-from jetlab.layers.gates import decay_and_write
+from jetlab.layers.gates import decay_and_write, real_tokens
 from jetlab.layers.init import OUTPUT_GAIN, decay_parameters, linear, reuse_attention, short_kernel
 from jetlab.layers.norm import GatedRMSNorm
 from jetlab.layers.projections import project
@@ -53,6 +53,7 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
+        x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H, Kd, Vd = self.dims.n_heads, self.dims.key_dim, self.dims.value_dim
         qkv = (self.q_proj, self.k_proj, self.v_proj)
         qkv, z, a, b = project(x, qkv, (self.g_proj,), (self.a_proj,), (self.b_proj,))

@@ -1,4 +1,4 @@
-"""Gates: decay and write strength from two projections, one number per head and token; none of either at padding."""
+"""Padding, and gates: decay and write strength from two projections, one number per head and token, none at padding."""
 
 import torch
 from torch import Tensor
@@ -16,6 +16,25 @@ def decay_and_write(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, mask: 
     g = -A_log.to(core).exp() * F.softplus(a.to(core) + dt_bias.to(core))
     beta = torch.sigmoid(b.to(core))
     return zero_padding(g, mask), zero_padding(beta, mask)
+
+
+def real_tokens(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, d_model: int) -> Tensor:
+    """The input of a mixer, x [B,T,D], with zeros where `mask` [B,T] is 0: whatever stands there, NaN too, is not read.
+
+    Padding stands before the first token of a row or behind the last one.
+    Raises ValueError if x or the mask has another shape, or if there are both a mask and packed documents.
+    """
+    if x.ndim != 3 or not x.shape[1] or x.shape[2] != d_model:
+        raise ValueError(
+            f"x must be [B, T, D] with T ≥ 1 and D = {d_model}, got {list(x.shape)}; a single token is [B, 1, D]"
+        )
+    if mask is not None and cu_seqlens is not None:
+        raise ValueError("packed documents hold no padding, got both cu_seqlens and mask; remove the padding first")
+    if mask is not None and mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}; give 1 for tokens and 0 for padding"
+        )
+    return zero_padding(x, mask)
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from jetlab.layers.dims import BlockDims
-from jetlab.layers.gates import zero_padding
+from jetlab.layers.gates import real_tokens, zero_padding
 from jetlab.layers.init import OUTPUT_GAIN, linear, reuse_attention
 from jetlab.layers.norm import GatedRMSNorm
 from jetlab.layers.projections import project
@@ -63,6 +63,7 @@ class GLA(nn.Module):
 
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
+        x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H = self.dims.n_heads
         narrow, wide = self.gk_proj
         q, k, v, z, low = project(x, (self.q_proj,), (self.k_proj,), (self.v_proj,), (self.g_proj,), (narrow,))

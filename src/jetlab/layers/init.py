@@ -43,8 +43,8 @@ def decay_parameters(
 ) -> tuple[nn.Parameter, nn.Parameter]:
     """`A_log` and `dt_bias` [H] of g = -exp(A_log) · softplus(a + dt_bias), as in Mamba2 (arXiv:2405.21060).
 
-    exp(A_log) ~ U(lowest_rate, 16) and softplus(dt_bias) log-uniform in [1e-3, 1e-1]. Both belong in fp32 without
-    weight decay.
+    exp(A_log) ~ U(lowest_rate, 16) and softplus(dt_bias) log-uniform in [1e-3, 1e-1]. Both are computed with in fp32;
+    train them in fp32 too, without weight decay, since a step is often less than a last bit of lower precision.
     """
     rate = (
         torch.empty(n_heads).uniform_(lowest_rate, 16, generator=generator).clamp_min(1e-4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetlab.layers.dims import BlockDims
-from jetlab.layers.gates import decay_and_write
+from jetlab.layers.gates import decay_and_write, real_tokens
 from jetlab.layers.init import OUTPUT_GAIN, bare, decay_parameters, linear, reuse_attention, short_kernel
 from jetlab.layers.norm import GatedRMSNorm
 from jetlab.layers.projections import is_plain, project
@@ -132,11 +132,18 @@ class JetBlock(nn.Module):
 
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
+        x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H, Kd = self.dims.n_heads, self.dims.key_dim
         layers = ((self.q_proj, self.k_proj), (self.v_proj,), (self.g_proj,), (self.a_proj,), (self.b_proj,))
         qk, v, z, a, b = project(x, *layers)
 
         carried = [] if state is None else list(state.conv)  # in the order of the calls below
+        n_convs = (self.qk_conv is not None) + (self.conv_v != "none")
+        if state is not None and len(carried) != n_convs:
+            raise ValueError(
+                f"state must come from a JetBlock with as many convolutions, {n_convs}, got one with {len(carried)}; "
+                "pass what an earlier call of this block returned, or None"
+            )
         conv = []
 
         def options():

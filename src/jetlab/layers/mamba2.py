@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetlab.layers.dims import BlockDims
-from jetlab.layers.gates import zero_padding
+from jetlab.layers.gates import real_tokens, zero_padding
 from jetlab.layers.init import OUTPUT_GAIN, bare, decay_parameters, linear, short_kernel, take_over
 from jetlab.layers.state import RecurrentState, recurrent_state_bytes
 from jetlab.ops import gated_linear_attention, short_conv
@@ -89,6 +89,7 @@ class Mamba2(nn.Module):
 
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
+        x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H, G, inner, core = self.dims.n_heads, self.n_groups, self.dims.value_dim, core_dtype(x)
         z, xbc, dt = self.in_proj(x).split([inner, _conv_channels(self.dims, G), H], dim=-1)
         past = None if state is None else state.conv[0]

@@ -10,12 +10,13 @@ SMALL = 2**18
 
 
 def project(x: Tensor, *groups: tuple[nn.Linear, ...]) -> list[Tensor]:
-    """For each group of projections without bias their outputs side by side, [..., Σ n_out], from x [..., D].
+    """For each group of projections their outputs side by side, [..., Σ n_out], from x [..., D].
 
-    A layer that does more than multiply (see `is_plain`) is called as it is.
+    A layer that does more than multiply (see `is_plain`), or has a bias, is called as it is.
     """
     layers = [layer for group in groups for layer in group]
-    if all(map(is_plain, layers)) and sum(layer.weight.numel() for layer in layers) <= SMALL:
+    plain = all(is_plain(layer) and layer.bias is None for layer in layers)
+    if plain and sum(layer.weight.numel() for layer in layers) <= SMALL:
         sizes = [sum(layer.out_features for layer in group) for group in groups]
         return list(F.linear(x, torch.cat([layer.weight for layer in layers])).split(sizes, dim=-1))
     parts = [[layer(x) for layer in group] for group in groups]
@@ -23,7 +24,7 @@ def project(x: Tensor, *groups: tuple[nn.Linear, ...]) -> list[Tensor]:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a call of `layer` is the product with its weight and nothing else.
+    """Whether a call of `layer` is the product with its weight, plus its bias, and nothing else.
 
     It is not for an adapter or a quantised layer in its place, nor where somebody listens to the call or has put another
     forward on it, as libraries do that fetch weights from elsewhere just before it.

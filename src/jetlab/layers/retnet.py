@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jetlab.layers.dims import BlockDims
-from jetlab.layers.gates import zero_padding
+from jetlab.layers.gates import real_tokens, zero_padding
 from jetlab.layers.init import OUTPUT_GAIN, linear, reuse_attention
 from jetlab.layers.norm import GatedRMSNorm
 from jetlab.layers.projections import project
@@ -70,6 +70,7 @@ class RetNet(nn.Module):
 
         Without `positions` tokens are counted from the first one that the state has seen; only differences matter.
         """
+        x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H = self.dims.n_heads
         past, recurrent = (None, None) if state is None else (state.position, state.recurrent)
         positions, position = token_positions(x, past, positions=positions, mask=mask, cu_seqlens=cu_seqlens)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetlab.layers.dims import BlockDims
-from jetlab.layers.gates import zero_padding
+from jetlab.layers.gates import real_tokens, zero_padding
 from jetlab.layers.init import OUTPUT_GAIN, bare, linear, take_over
 from jetlab.layers.state import RecurrentState, recurrent_state_bytes
 from jetlab.ops import dplr_delta_rule, short_conv
@@ -155,6 +155,7 @@ class RWKV7(nn.Module):
         The first layer to run with a given `shared` leaves its v there, and layers behind it mix that v into theirs.
         An LR_v changes nothing in the first one to run, nor without `shared`: v mixed with itself is v.
         """
+        x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H, core = self.dims.n_heads, core_dtype(x)
         previous, last = short_conv(
             x,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from jetlab.ops.chunks import chunk_length, default_chunk_size, from_chunks, power_of_two, to_chunks, until_end
 from jetlab.ops.decay import decayed_products
-from jetlab.ops.recurrence import check_gate, core_dtype, l2_normalize, recur
+from jetlab.ops.recurrence import check_gate, check_values, core_dtype, l2_normalize, recur
 
 
 def dplr_delta_rule(
@@ -43,8 +43,10 @@ def dplr_delta_rule(
     split exponentials, has no effect: here no exponent is positive whatever g is.
     Raises ValueError if shapes do not fit together or `backend` or `chunk_size` is not a choice that exists.
     """
+    check_values(q, k, v)
     for name, gate in (("g", g), ("a", a), ("b", b)):
-        check_gate(name, gate, q, per_head=False, per_channel=True, hint="a number per head takes expand_as(k)")
+        rule = {"needed": name != "g", "per_head": False, "per_channel": True}
+        check_gate(name, gate, q, **rule, hint="a number per head takes expand_as(k)")
     return recur(
         dplr_delta_rule_reference,
         dplr_delta_rule_chunked,
@@ -96,11 +98,11 @@ def dplr_delta_rule_chunked(q, k, v, g, a, b, *, scale=None, state=None, qk_l2no
         move, write, read, intra = _solve(q, k, v, g, a, b)
         h = v.new_zeros(B * H, K, V) if state is None else state.to(core).reshape(B * H, K, V)
         before = []
-        moves, writes = move.view(B * H, N, K, K).unbind(1), write.view(B * H, N, K, V).unbind(1)
+        moves, writes = move.view(N, B * H, K, K).unbind(), write.view(N, B * H, K, V).unbind()
         for move_n, write_n in zip(moves, writes, strict=True):
             before.append(h)
             h = torch.baddbmm(write_n, move_n, h)
-        o = torch.baddbmm(intra, read, torch.stack(before, 1).view(-1, K, V))
+        o = torch.baddbmm(intra, read, torch.cat(before))
     return from_chunks(o, (B, T, H, N)).to(dtype), h.view(B, H, K, V)
 
 

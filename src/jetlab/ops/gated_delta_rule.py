@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jetlab.ops.chunks import chunk_length, default_chunk_size, from_chunks, head_decay, to_chunks
-from jetlab.ops.recurrence import L2_EPS, check_gate, core_dtype, l2_normalize, recur
+from jetlab.ops.chunks import chunk_length, default_chunk_size, from_chunks, head_decay, put_chunks, to_chunks
+from jetlab.ops.recurrence import L2_EPS, check_gate, check_values, core_dtype, l2_normalize, recur
 
 
 def gated_delta_rule(
@@ -41,8 +41,9 @@ def gated_delta_rule(
     every exponent is ≤ 0 whatever g is.
     Raises ValueError if shapes do not fit together or `backend` or `chunk_size` is not a choice that exists.
     """
-    for name, gate in (("g", g), ("beta", beta)):
-        check_gate(name, gate, q, hint="a decay per key channel takes dplr_delta_rule")
+    check_values(q, k, v)
+    check_gate("g", g, q, hint="a decay per key channel takes dplr_delta_rule")
+    check_gate("beta", beta, q, needed=True, hint="one write strength serves all channels of a head")
     return recur(
         gated_delta_rule_reference,
         gated_delta_rule_chunked,
@@ -77,7 +78,7 @@ def gated_delta_rule_reference(q, k, v, g, beta, *, scale=None, state=None, qk_l
 
 
 def gated_delta_rule_chunked(q, k, v, g, beta, *, scale=None, state=None, qk_l2norm=False, chunk_size=None):
-    """Chunkwise-parallel form (UT/WY): see `_ChunkedGatedDeltaRule`. A single token takes the plain step.
+    """Chunkwise-parallel form: see `_ChunkedGatedDeltaRule`. A single token takes the plain step.
 
     The gradient is analytic and can be taken once: for second derivatives use `gated_delta_rule_reference`.
     """
@@ -113,18 +114,18 @@ def _step(q, k, v, g, beta, scale, state, qk_l2norm):
 
 
 class _ChunkedGatedDeltaRule(torch.autograd.Function):
-    """Chunks of C tokens, all solved in parallel; two small products per chunk carry the state.
+    """Chunks of C tokens; what needs no state is done for all at once, four small products per chunk carry it on.
 
     Inside a chunk, with G_t = Σ_{s≤t} g_s, Γ_ts = exp(G_t - G_s) for s ≤ t and 0 above, and h the state before it:
 
-        L = strictlower(diag(beta) (K K^T ∘ Γ))                [C,C]
-        [U | W] = (I + L)^-1 diag(beta) [V | e^G K]            for every chunk at once
-        X = U - W h                                            the writes: chunk after chunk, as
-        h' = e^{G_C} h + D^T X,   D = e^{G_C - G} K            each needs the state before it
-        o = scale (A X + e^G Q h),   A = Q K^T ∘ Γ
+        A = Q K^T ∘ Γ,   P = K K^T ∘ Γ                         [C,C], P below the diagonal alone
+        R = V - e^G K h                                        what each value adds to what the state holds
+        X = (I + diag(beta) P)^-1 diag(beta) R                 the writes: what earlier ones changed is taken off
+        h' = e^{G_C} h + D^T X,   D = e^{G_C - G} K
+        o = scale (e^G Q h + A X)
 
-    Every exponent is ≤ 0. (I + L)^-1 comes from forward substitution, which stays exact where matrix powers explode
-    (repeated keys, beta = 1).
+    Every exponent is ≤ 0. The inverse M of I + diag(beta) P comes from forward substitution, which stays exact where
+    matrix powers explode (repeated keys, beta = 1).
     """
 
     @staticmethod
@@ -132,89 +133,91 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in (q, k, v, g, beta, state)]
         core = core_dtype(q, v, state)
         B, T, H, K = k.shape
-        V = v.shape[-1]
-        N = -(-T // C)
-        b = B * H * N
+        V, N, rows = v.shape[-1], -(-T // C), B * H
+        b = N * rows
         with torch.autocast(q.device.type, enabled=False):
             # What q and k have in common is done once, on [b,2,C,K].
-            qk = torch.stack([to_chunks(q, C, core), to_chunks(k, C, core)], 1)
+            qk = torch.empty(b, 2, C, K, dtype=core, device=q.device)
+            put_chunks(qk[:, 0], q)
+            put_chunks(qk[:, 1], k)
             v, beta = to_chunks(v, C, core), to_chunks(beta[..., None], C, core)
             qk_norm = None
             if qk_l2norm:
-                qk_norm = torch.rsqrt(qk.square().sum(-1, keepdim=True).add_(L2_EPS))
+                qk_norm = torch.linalg.vecdot(qk, qk).add_(L2_EPS).rsqrt_()[..., None]
                 qk.mul_(qk_norm)
-            q, k = qk.unbind(1)
+            k = qk[:, 1]
             g = beta.new_zeros(b, C, 1, dtype=torch.float64) if g is None else to_chunks(g[..., None], C, torch.float64)
             gamma, from_start, to_end = head_decay(g, core)
 
-            a, kk = torch.bmm(qk.flatten(1, 2), k.mT).view(b, 2, C, C).mul_(gamma[:, None]).unbind(1)
+            pairs = torch.bmm(qk.view(b, 2 * C, K), k.mT).view(b, 2, C, C).mul_(gamma[:, None])
+            a, p = pairs.unbind(1)
             identity = torch.eye(C, dtype=core, device=q.device).expand(b, C, C)
-            inverse = torch.linalg.solve_triangular(kk * beta, identity, upper=False, unitriangular=True)
-            right = torch.cat([v, k * from_start], -1)
-            uw = torch.bmm(inverse, right * beta)  # [U | W]
-            q_start, d = q * from_start, k * to_end
+            inverse = torch.linalg.solve_triangular(p * beta, identity, upper=False, unitriangular=True)
 
-            before, x = v.new_empty(B * H, N, K, V), v.new_empty(B * H, N, C, V)
-            h = v.new_zeros(B * H, K, V) if state is None else state.to(core).reshape(B * H, K, V)
-            each = [t.view(B * H, N, *t.shape[1:]).unbind(1) for t in (uw, d, from_start[:, -1:])]
-            for n, (uw_n, d_n, decay_n) in enumerate(zip(*each, strict=True)):
-                before[:, n] = h
-                x[:, n] = torch.baddbmm(uw_n[..., :V], uw_n[..., V:], h, alpha=-1)
-                h = torch.baddbmm(h * decay_n, d_n.mT, x[:, n])
-            before, x = before.view(b, K, V), x.view(b, C, V)
-            o = torch.baddbmm(torch.bmm(a, x), q_start, before).mul_(scale)
+            # Scan: [e^G Q h, R] in one buffer, because one product reads the state for both.
+            queries = (qk * torch.stack([from_start, -from_start], 1)).view(N, rows, 2 * C, K)
+            solve, d = (inverse * beta.mT).view(N, rows, C, C), (k * to_end).view(N, rows, C, K)
+            v, last = v.view(N, rows, C, V), from_start.view(N, rows, C, 1)[:, :, -1:]
+            states, reads, x = (v.new_empty(*s, V) for s in ((N + 1, rows, K), (N, rows, 2 * C), (N, rows, C)))
+            states[0] = 0 if state is None else state.reshape(rows, K, V)
+            for n in range(N):
+                torch.bmm(queries[n], states[n], out=reads[n])
+                torch.bmm(solve[n], reads[n, :, C:].add_(v[n]), out=x[n])
+                torch.mul(states[n], last[n], out=states[n + 1])
+                states[n + 1].baddbmm_(d[n].mT, x[n])
+            reads, x = reads.view(b, 2, C, V), x.view(b, C, V)
+            o = torch.baddbmm(reads[:, 0], a, x).mul_(scale)
 
-        ctx.save_for_backward(
-            *(qk, qk_norm, beta, gamma, from_start, to_end, a, kk, inverse, right, uw, q_start, d, x, before)
-        )
+        ctx.save_for_backward(qk, qk_norm, beta, gamma, from_start, to_end, pairs, inverse, reads, d, x, states)
         ctx.shape, ctx.scale = (B, T, H, N), scale
-        return from_chunks(o, ctx.shape).to(ctx.dtypes[2]), h.view(B, H, K, V)
+        return from_chunks(o, ctx.shape).to(ctx.dtypes[2]), states[N].clone().view(B, H, K, V)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dh):
-        qk, qk_norm, beta, gamma, from_start, to_end, a, kk, inverse, *solved = ctx.saved_tensors
-        right, uw, q_start, d, x, before = solved
-        k = qk[:, 1]
+        qk, qk_norm, beta, gamma, from_start, to_end, pairs, inverse, reads, d, x, states = ctx.saved_tensors
+        k, (a, p) = qk[:, 1], pairs.unbind(1)
         B, _, H, N = ctx.shape
-        b, C, K = k.shape
-        V = before.shape[-1]
+        b, _, C, K = qk.shape
+        V, rows = x.shape[-1], B * H
         with torch.autocast(do.device.type, enabled=False):
-            do = to_chunks(do, C, qk.dtype) * ctx.scale
-
-            # From the last chunk to the first: the gradients of the writes, and `after`, those of the state behind them.
-            after, dx = before.new_empty(B * H, N, K, V), before.new_empty(B * H, N, C, V)
-            dh = dh.to(qk.dtype).reshape(B * H, K, V)
-            reads = torch.bmm(q_start.mT, do), torch.bmm(a.mT, do)
-            each = [t.view(B * H, N, *t.shape[1:]).unbind(1) for t in (*reads, uw, d, from_start[:, -1:])]
-            for n, (read_n, dx_n, uw_n, d_n, decay_n) in reversed(list(enumerate(zip(*each, strict=True)))):
-                after[:, n] = dh
-                dx[:, n] = torch.baddbmm(dx_n, d_n, dh)
-                dh = torch.baddbmm(read_n + dh * decay_n, uw_n[..., V:].mT, dx[:, n], alpha=-1)
-            after, dx = after.view(b, K, V), dx.view(b, C, V)
-            dread = torch.bmm(do, before.mT)
+            # [do, dY] in one buffer with dY = M^T dX, so that dR = beta dY and d(diag(beta) P) = -strictlower(dY X^T).
+            dboth = x.new_empty(b, 2, C, V)
+            do = put_chunks(dboth[:, 0], do).mul_(ctx.scale)
+            on_reads = torch.stack([from_start, -from_start * beta], 1)  # how q and k enter [e^G Q h, R], beta for dR
+            queries = (qk * on_reads).view(N, rows, 2 * C, K)
+            dx = torch.bmm(a.mT, do).view(N, rows, C, V)
+            scan, solve = dboth.view(N, rows, 2 * C, V), inverse.view(N, rows, C, C).mT
+            last = from_start.view(N, rows, C, 1)[:, :, -1:]
+            dstates = torch.empty_like(states)
+            dstates[N] = dh.reshape(rows, K, V)
+            for n in reversed(range(N)):
+                dx[n].baddbmm_(d[n], dstates[n + 1])
+                scan[n, :, C:] = torch.bmm(solve[n], dx[n])
+                torch.mul(dstates[n + 1], last[n], out=dstates[n])
+                dstates[n].baddbmm_(queries[n].mT, scan[n])
+            before, after = states[:-1].view(b, K, V), dstates[1:].view(b, K, V)
+            dy, dboth = dboth[:, 1], dboth.view(b, 2 * C, V)
             dk_end = torch.bmm(x, after.mT).mul_(to_end)
 
-            # [U | W] = (I + L)^-1 R:  dR = (I + L)^-T d[U | W],  dL = -strictlower(dR [U | W]^T)
-            dright = torch.bmm(inverse.mT, torch.cat([dx, -torch.bmm(dx, before.mT)], -1))
-            dl = torch.bmm(dright, uw.mT).neg_()
-            dl.diagonal(dim1=-2, dim2=-1).zero_()
-            dbeta = (dl * kk).sum(-1, keepdim=True).add_(torch.linalg.vecdot(dright, right)[..., None])
-            dright.mul_(beta)
+            dpairs = torch.bmm(dboth, x.mT).view(b, 2, C, C)
+            dp = dpairs[:, 1]
+            dp.diagonal(dim1=-2, dim2=-1).zero_()
+            dbeta = torch.linalg.vecdot(dy, reads[:, 1]).sub_(torch.linalg.vecdot(dp, p))[..., None]
+            dp.mul_(-beta)
+            dpairs = dpairs.mul_(gamma[:, None]).view(b, 2 * C, C)
 
-            # Gradients of q and k as they stand on the left of A, L and R (times e^G), then of k on the right of A, L
-            # and D (times e^-G): so each G_t collects left · dleft - right · dright.
-            dpairs = torch.stack([torch.bmm(do, x.mT), dl.mul_(beta)], 1).mul_(gamma[:, None]).view(b, 2 * C, C)
-            dqk = torch.bmm(dpairs, k).view(b, 2, C, K)
-            dqk[:, 0].addcmul_(dread, from_start)
-            dqk[:, 1].addcmul_(dright[..., V:], from_start)
+            # Gradients of q and k as they stand on the left of A and P and in the reads (times e^G), then of k on the
+            # right of A, P and D (times e^-G): so each G_t collects left · dleft - right · dright.
+            dqk = torch.bmm(dboth, before.mT).view(b, 2, C, K).mul_(on_reads)
+            dqk.view(b, 2 * C, K).baddbmm_(dpairs, k)
             dk_right = torch.baddbmm(dk_end, dpairs.mT, qk.view(b, 2 * C, K))
             on_left, on_right = torch.linalg.vecdot(dqk, qk), torch.linalg.vecdot(dk_right, k)
 
             dg = None
             if ctx.needs_input_grad[3]:
                 dG = on_left.sum(1) - on_right
-                whole = (after * before).sum((1, 2)) * from_start[:, -1, 0]
+                whole = torch.linalg.vecdot(after.flatten(1), before.flatten(1)) * from_start[:, -1, 0]
                 dG[:, -1] += whole + torch.linalg.vecdot(dk_end, k).sum(-1)
                 dg = dG.flip(-1).cumsum(-1).flip(-1)[..., None]
 
@@ -222,10 +225,10 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
             if qk_norm is not None:
                 on_left[:, 1] += on_right
                 dqk.addcmul_(qk, on_left[..., None], value=-1).mul_(qk_norm)
+            dv = dy * beta
 
-        dq, dk = dqk.unbind(1)
-        grads = [None if x is None else from_chunks(x, ctx.shape) for x in (dq, dk, dright[..., :V], dg, dbeta)]
-        grads = [x.squeeze(-1) if i > 2 and x is not None else x for i, x in enumerate(grads)]
-        grads.append(dh.view(B, H, K, V))
-        wanted = zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return *(x.to(dtype) if x is not None and needed else None for x, dtype, needed in wanted), None, None, None
+        dq, dk, dv, dbeta = (from_chunks(x, ctx.shape) for x in (*dqk.unbind(1), dv, dbeta))
+        dg = None if dg is None else from_chunks(dg, ctx.shape)[..., 0]
+        grads = (dq, dk, dv, dg, dbeta[..., 0], dstates[0].view(B, H, K, V))
+        wanted = zip(grads, ctx.dtypes, ctx.needs_input_grad[: len(grads)], strict=True)
+        return *(x.to(dtype) if needed else None for x, dtype, needed in wanted), None, None, None

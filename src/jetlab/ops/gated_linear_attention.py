@@ -21,7 +21,7 @@ from jetlab.ops.chunks import (
     until_end,
 )
 from jetlab.ops.decay import decayed_products
-from jetlab.ops.recurrence import check_gate, core_dtype, l2_normalize, recur
+from jetlab.ops.recurrence import check_gate, check_values, core_dtype, l2_normalize, recur
 
 CHUNK_PER_CHANNEL = 64  # within 5 % of the fastest of 8 … 64 on one CPU thread at key widths 8, 16, 64, 128
 
@@ -49,6 +49,7 @@ def gated_linear_attention(
     a bound on g that other forms use to split exponentials, has no effect: here no exponent is positive whatever g is.
     Raises ValueError if shapes do not fit together or `backend` or `chunk_size` is not a choice that exists.
     """
+    check_values(q, k, v)
     check_gate("g", g, q, per_channel=True)
     return recur(
         gated_linear_attention_reference,
@@ -118,11 +119,11 @@ def gated_linear_attention_chunked(q, k, v, g, *, scale=None, state=None, qk_l2n
         writes = torch.bmm((k * to_end).mT, v)
         h = v.new_zeros(B * H, K, V) if state is None else state.to(core).reshape(B * H, K, V)
         before = []
-        whole = from_start[:, -1, :, None].view(B * H, N, -1, 1).unbind(1)
-        for decay, write in zip(whole, writes.view(B * H, N, K, V).unbind(1), strict=True):
+        whole = from_start[:, -1, :, None].view(N, B * H, -1, 1).unbind()
+        for decay, write in zip(whole, writes.view(N, B * H, K, V).unbind(), strict=True):
             before.append(h)
             h = torch.addcmul(write, decay, h)
-        before = torch.stack(before, 1).view(-1, K, V)
+        before = torch.cat(before)
         o = torch.baddbmm(torch.bmm(products, v), q * from_start, before)
     return from_chunks(o, (B, T, H, N)).to(dtype), h.view(B, H, K, V)
 

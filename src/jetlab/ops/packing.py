@@ -15,12 +15,16 @@ def document_positions(cu_seqlens: Tensor, n_batch: int, n_tokens: int) -> tuple
     """Place of every token after spreading, and which places hold a token.
 
     Returns `index` [T] into the flattened [N, L] (N documents, L the longest) and `mask` [N, L], True at tokens.
-    Raises ValueError if the batch is not 1, or if `cu_seqlens` does not rise from 0 to T.
+    Raises ValueError if the batch is not 1, or if `cu_seqlens` is not a tensor of whole numbers that rise from 0 to T.
     """
     if n_batch != 1:
         raise ValueError(
             f"packed documents lie in one row: cu_seqlens needs batch size 1, got {n_batch}; "
             "concatenate the rows along time and give the ends of all documents"
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point() or cu_seqlens.ndim != 1:
+        raise ValueError(
+            f"cu_seqlens must be a tensor of whole numbers [N+1], got {cu_seqlens!r}; use torch.tensor([0, …, T])"
         )
     ends = cu_seqlens.tolist()
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != n_tokens or any(a >= b for a, b in pairwise(ends)):
