@@ -160,6 +160,17 @@ class TestRoundTrip:
         assert all(p.device.type == "meta" for p in again.model.layers.parameters())
         torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="splits a model over two GPUs")
+    @torch.no_grad()
+    def test_layers_on_two_gpus_compute_the_same(self, mixture, build_model, tokens, tmp_path):
+        model, ids = build_model(mixture), tokens(2, 9).cuda()
+        model.save_pretrained(tmp_path)
+        places = {"model.embed_tokens": 0, "model.norm": 1, "lm_head": 0}
+        places |= {f"model.layers.{i}": int(i >= len(mixture) // 2) for i in range(len(mixture))}
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places)
+        torch.testing.assert_close(again(ids).logits, model.cuda()(ids).logits)
+
     def test_the_decoder_of_an_untied_model_loads_without_its_head(self, build_model, tmp_path):
         model = build_model(HYBRID, tie_word_embeddings=False)
         model.save_pretrained(tmp_path)

@@ -1,0 +1,38 @@
+"""The benchmarks run, check themselves, and show what grows: no time is asked here, only what they print."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jetlab.paths import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def printed(script, *arguments):
+    command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_both_sides_of_the_gated_delta_rule_agree_at_every_shape():
+    lines = printed("ops.py", "--repeats", "1").split("\n\n")[0].splitlines()[1:]
+    assert len(lines) > 8
+    for line in lines:
+        ratio, error = map(float, line.split()[-2:])
+        assert ratio > 0
+        assert error < 1e-5
+
+
+def test_every_block_is_trained_and_decoded_beside_its_floor():
+    text = printed("blocks.py", "--repeats", "1", "training", "decode")
+    for kind in ("retnet", "mamba2", "gla", "deltanet", "gated_deltanet", "jetblock", "rwkv7"):
+        assert len(re.findall(rf"^{kind} ", text, re.MULTILINE)) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
+@pytest.mark.parametrize("kind", ["gla", "jetblock", "rwkv7"])  # one on each recurrence
+def test_peak_memory_grows_linearly_in_the_number_of_tokens(kind):
+    short, long = (int(printed("blocks.py", "--peak", kind, str(T))) for T in (4096, 16384))
+    assert 3 < long / short < 5
