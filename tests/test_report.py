@@ -384,14 +384,16 @@ def test_numbers_show_as_many_digits_as_their_error_leaves(estimate, text):
 
 
 def test_the_readme_shows_the_verdicts_of_the_committed_results():
-    judged = {f"{item.claim.claim} ({item.claim.source})": item for item in report.judge_all(report.load())}
+    paper = "Jet-Nemotron (arXiv:2508.15884), "  # left out where it is the source
+    items = report.judge_all(report.load())
+    judged = {f"{item.claim.claim} ({item.claim.source.removeprefix(paper)})": item for item in items}
     block = (ROOT / "README.md").read_text(encoding="utf-8").split("results:begin")[1].split("results:end")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line[:1] == "|"][2:]
     assert rows
-    for name, paper, ours, verdict in rows:
+    for name, printed, ours, verdict in rows:
         item = judged[name]
         if item.claim.kind != "throughput":  # measured anew, and with other noise, by whoever runs the study
-            assert [paper, ours, verdict] == [
+            assert [printed, ours, verdict] == [
                 document.paper_value(item),
                 document.with_error(item.ours),
                 item.verdict,
