@@ -11,7 +11,7 @@ from jetlab import notebooks, run
 from jetlab.paths import ROOT
 
 FILES = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-CPU_SECONDS = 60  # of kernel and runner together: the minute on one core that the README promises a reader
+CPU_SECONDS = 20  # of kernel and runner together: what a reader waits on one idle core
 each_notebook = pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 
 
