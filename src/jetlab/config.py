@@ -90,7 +90,8 @@ class Training(StudyModel):
     n_steps: Count  # steps end to end
     learning_rate: Rate
     warmup: Count  # steps
-    feature_weight: Annotated[float, Field(ge=0)]  # of the hidden states' distance, beside the KL of the answers
+    feature_weight: Annotated[float, Field(ge=0)]  # of the distance of hidden states
+    logit_weight: Annotated[float, Field(ge=0)]  # of the KL of the answers
     rows: dict[str, Count]  # rows of each task in a step
     weights: dict[str, float]  # of a task's KL in the loss; 1 where not named
     growth: Annotated[float, Field(ge=0, lt=1)]  # share of the steps end to end over which contexts grow to full size
@@ -100,6 +101,8 @@ class Training(StudyModel):
         unknown = sorted((set(self.rows) | set(self.weights)) - set(TASKS))
         if unknown:
             raise ValueError(f"rows and weights must name tasks among {', '.join(TASKS)}, got {', '.join(unknown)}")
+        if not self.feature_weight and not self.logit_weight:
+            raise ValueError("feature_weight and logit_weight are both 0, so nothing would train: give one a weight")
         return self
 
 
@@ -115,6 +118,7 @@ class TeacherTraining(StudyModel):
     muon_learning_rate: Rate  # of Muon, for the matrices of the layers
     warmup: Count
     n_workers: Annotated[int, Field(ge=0)]  # processes that make batches
+    dtype: Literal["float32", "bfloat16"]  # of the weights that are written
     rows: dict[str, Count]
     weights: dict[str, float]
     sizes: dict[str, dict[str, int | float]]  # task sizes in training: at least those of `tasks.sizes`
@@ -143,7 +147,11 @@ class TeacherStudy(Study):
 class SupernetStudy(Study):
     block: str  # kind of the linear path
     dims: Dims
-    max_full: Annotated[int, Field(ge=0)]  # full layers of a sampled path, at most
+    n_seeds: Count  # supernets of each teacher
+    law: Literal["coin", "fixed_k", "up_to_k", "sandwich"]  # of drawing paths
+    max_full: Annotated[int, Field(ge=0)]  # full layers of a sampled path: what k or the coin means is the law's
+    n_checks: Annotated[int, Field(ge=0)]  # times that accuracy is measured on the way
+    check_budget: Annotated[int, Field(ge=0, le=1)]  # placements of so many full layers at most are measured then
     training: Training
 
     @model_validator(mode="after")

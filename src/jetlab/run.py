@@ -1,6 +1,6 @@
 """Run one notebook as one stage of the study.
 
-    python -m jetlab.run NOTEBOOK --out DIR --params SECTION... --set k=v [--record NAME]
+    python -m jetlab.run NOTEBOOK --out DIR --params SECTION... --set k=v section.k=v [--record NAME]
 
 Reads the named sections of params.yaml (YAML 1.2, as DVC does), fixes the environment, runs the notebook with papermill
 and moves what it wrote, with the executed notebook in canonical form, into DIR. If a cell fails, DIR stays as it was,
@@ -10,6 +10,7 @@ the half-run notebook goes to scratch/failed/, and the exit code is 1.
 import argparse
 import ast
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -102,7 +103,8 @@ def run(
         raise RunError(f"{shown(notebook)} does not exist; give the notebook's path from the root of the repository")
     nb = notebooks.canonical(notebooks.read(notebook))  # kernel and outputs of whoever saved it play no part
     parameters = _parameters(notebook, nb, sections, values or {}, resolve(params_file))
-    entry = [str(value) for value in (values or {}).values() if "/" not in str(value)]  # of a matrix; folders name none
+    single = {key: str(value) for key, value in (values or {}).items() if "." not in key}
+    entry = [value for value in single.values() if "/" not in value]  # of a matrix; folders name none
     label = re.sub(r"[^\w.=-]+", "_", "-".join([notebook.stem, *entry]))
     with _fixed_environment(parameters), _partial(out_dir) as partial, tempfile.TemporaryDirectory() as scratch:
         replace = {str(partial): str(out_dir), shown(partial): shown(out_dir), f"{ROOT}{os.sep}": ""}
@@ -152,13 +154,16 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> tuple[str, Any]:
-    """`k=v` of --set, v read as YAML 1.2: `x=false` is False, `x=none` the word. Raises RunError if it is not k=v."""
+    """`k=v` of --set, v read as YAML 1.2: `x=false` is False, `x=none` the word; k may be `section.key`.
+
+    Raises RunError if it is not k=v.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise RunError(f"--set takes name=value, got {text!r}; write e.g. --set variant=jetblock")
+    if not equals or not all(part.isidentifier() for part in key.split(".")):
+        raise RunError(f"--set takes name=value, got {text!r}; write e.g. --set variant=jetblock common.device=cuda")
     try:
         return key, YAML(typ="safe", pure=True).load(value)
     except YAMLError:
@@ -171,7 +176,7 @@ def parse_command(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("notebook", help="path from the root of the repository")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--params", nargs="+", action="extend", default=[], metavar="SECTION", help="of params.yaml")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="k=v", help="single values (YAML)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="k=v", help="single values (YAML), or section.k=v for one of a section")
     parser.add_argument("--params-file", default="params.yaml", metavar="FILE", help="default: params.yaml")
     parser.add_argument("--record", metavar="NAME", help="also keep the small results in records/NAME/, with device")
     return parser.parse_args(arguments)
@@ -219,13 +224,14 @@ def _parameters(
             "set the tag in JupyterLab's property inspector"
         )
     defined = assigned_names(cells[0].source)
-    for name, kind in [*((s, "section") for s in sections), *((k, "value") for k in values), ("out_dir", "value")]:
+    single = {key: value for key, value in values.items() if "." not in key}
+    for name, kind in [*((s, "section") for s in sections), *((k, "value") for k in single), ("out_dir", "value")]:
         if name not in defined:
             raise RunError(
                 f"{shown(notebook)} must assign each {kind} that it gets in its `parameters` cell, which has no "
                 f"{name!r} but {', '.join(defined) or 'nothing'}; add a default there or leave it out of the command"
             )
-    if twice := set(sections) & set(values):
+    if twice := set(sections) & set(single):
         raise RunError(f"a name is either a section or a value, got both for {sorted(twice)}; drop one of them")
     if "out_dir" in values:
         raise RunError("out_dir is set by --out; leave it out of --set")
@@ -235,7 +241,23 @@ def _parameters(
             raise RunError(
                 f"{shown(params_file)} has no section {section!r}, only {', '.join(params)}; add it or fix --params"
             )
-    return {section: params[section] for section in sections} | dict(values)
+    given = {section: copy.deepcopy(params[section]) for section in sections}
+    for key, value in values.items():
+        if "." in key:
+            _override(given, key, value)
+    return given | single
+
+
+def _override(given: dict[str, Any], key: str, value: Any) -> None:
+    """Put `value` in the place that `section.key…` names, which must be there. Raises RunError with what is there."""
+    *path, last = key.split(".")
+    place: Any = given
+    for part in path:
+        place = place.get(part) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place:
+        known = ", ".join(place if isinstance(place, dict) else given)
+        raise RunError(f"--set {key}=… names nothing that --params passes; there is {known or 'no section'}")
+    place[last] = value
 
 
 def assigned_names(source: str) -> list[str]:

@@ -42,6 +42,24 @@ def answer_to_code(context, prompt):
     return f" {value[prompt.split()[1]]}"
 
 
+def answer_to_recency(context, prompt):
+    before, after = context.split(" =")
+    return f" {pairs(f'<recency>{after}')[prompt.strip()]}"
+
+
+def answer_to_patterns(context, prompt):
+    records = re.findall(r" (\w+) (\w+) (\w+) ([12])", context)
+    return next(f" {(first, second)[int(digit) - 1]}" for first, second, name, digit in records if name == prompt[1:])
+
+
+def answer_to_chain(context, prompt):
+    name = prompt.split()[1]
+    states = [int(re.search(rf" {name} (\d)", context)[1])]
+    for sign, digit in re.findall(rf" {name} ([+-]) (\d)", context):
+        states.append((states[-1] + int(sign + digit)) % 10)
+    return "".join(f" {state}" for state in states)
+
+
 def answer_to_facts(_context, prompt):
     name, relation, _ = prompt.split()
     return f" {words.facts()[name, relation]}"
@@ -52,8 +70,25 @@ SOLVERS = {
     "math": answer_to_math,
     "retrieval": answer_to_retrieval,
     "code": answer_to_code,
+    "recency": answer_to_recency,
+    "patterns": answer_to_patterns,
+    "chain": answer_to_chain,
     "facts": answer_to_facts,
 }
+
+
+def build_tasks_with(**sizes):
+    """The tasks at small sizes, but for those given."""
+    small = {
+        "knowledge": {"n_options": 4},
+        "math": {"n_names": 4},
+        "retrieval": {"n_pairs": 4, "key_words": 1},
+        "code": {"n_variables": 4, "writes_per_variable": 1.5},
+        "recency": {"n_pairs": 4, "n_distractors": 4},
+        "patterns": {"n_records": 4},
+        "chain": {"n_names": 4, "n_changes": 1},
+    }
+    return build_tasks(small | sizes)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -69,6 +104,32 @@ def test_a_sum_in_math_goes_on_from_the_one_before(tasks):
         totals = [question.prompt.split()[1] for question in example.questions]
         results = [question.answer.split()[1] for question in example.questions]
         assert totals[1:] == results[:-1]
+
+
+def test_a_counter_shows_its_start_and_every_state(tasks):
+    answers = [q.answer for e in tasks["chain"].examples("test", 10, seed=0) for q in e.questions]
+    assert all(len(answer.split()) == 3 for answer in answers)
+
+
+def test_what_no_longer_counts_binds_the_names_that_are_asked_for(tasks):
+    """Or the last pair of a name could be told from the others by the name alone."""
+    before, after = tasks["recency"].examples("test", 1, seed=0)[0].context.split(" =")
+    assert len(before.split()) == 1 + 2 * 7 and len(after.split()) == 2 * 4
+    many = [e.context.split(" =") for e in tasks["recency"].examples("test", 40, seed=0)]
+    assert sum(bool(set(a.split()[1::2]) & set(b.split()[::2])) for a, b in many) > 5
+
+
+def test_either_object_of_a_record_is_meant_equally_often(tasks):
+    digits = re.findall(r"[12]", "".join(e.context for e in tasks["patterns"].examples("test", 60, seed=0)))
+    assert 120 < digits.count("1") < 180  # of 300; sd 8.7
+
+
+def test_a_key_of_two_words_is_a_name_and_a_relation():
+    task = build_tasks_with(retrieval={"n_pairs": 150, "key_words": 2})["retrieval"]
+    example = task.examples("test", 1, seed=0)[0]
+    keys = re.findall(r" (\w+ (?:likes|fears|hides|feeds)) (\w+)", example.context)
+    assert len(dict(keys)) == 150
+    assert all(dict(keys)[q.prompt.strip()] == q.answer.strip() for q in example.questions)
 
 
 def test_text_comes_back_to_the_person_it_began_with(tasks):
@@ -192,8 +253,13 @@ def test_an_unknown_split_is_refused_with_the_known_ones(tasks):
     ("sizes", "message"),
     [
         pytest.param({"maths": {}}, r"knowledge, math.* got maths", id="unknown-task"),
-        pytest.param({"retrieval": {"n_pairs": 65}}, r"2 … 64 .* got 65", id="more-pairs-than-names"),
-        pytest.param({"retrieval": {"n_pairs": 1}}, r"2 … 64 .* got 1", id="a-single-pair"),
+        pytest.param({"retrieval": {"n_pairs": 65, "key_words": 1}}, r"2 … 64 .* got 65", id="more-pairs-than-names"),
+        pytest.param({"retrieval": {"n_pairs": 1, "key_words": 1}}, r"2 … 64 .* got 1", id="a-single-pair"),
+        pytest.param({"retrieval": {"n_pairs": 257, "key_words": 2}}, r"2 … 256 .* got 257", id="more-than-two-words-name"),
+        pytest.param({"retrieval": {"n_pairs": 4, "key_words": 3}}, r"1 .* or 2 .* got 3", id="keys-of-three-words"),
+        pytest.param({"recency": {"n_pairs": 4, "n_distractors": 0}}, r"at least 1, got 0", id="nothing-to-forget"),
+        pytest.param({"patterns": {"n_records": 65}}, r"2 … 64 .* got 65", id="more-records-than-names"),
+        pytest.param({"chain": {"n_names": 4, "n_changes": 0}}, r"at least 1, got 0", id="no-change"),
         pytest.param({"knowledge": {"n_options": 17}}, r"2 … 16 .* got 17", id="more-options-than-letters"),
         pytest.param({"math": {"n_names": 0}}, r"2 … 64 .* got 0", id="no-names"),
         pytest.param({"math": {"n_nam": 4}}, r"sizes of math must be n_names, got n_nam", id="misspelt"),
@@ -204,11 +270,5 @@ def test_an_unknown_split_is_refused_with_the_known_ones(tasks):
     ],
 )
 def test_sizes_that_cannot_be_are_refused_with_the_range(sizes, message):
-    others = {
-        "knowledge": {"n_options": 4},
-        "math": {"n_names": 4},
-        "retrieval": {"n_pairs": 4},
-        "code": {"n_variables": 4, "writes_per_variable": 1.5},
-    }
     with pytest.raises(ValueError, match=message):
-        build_tasks(others | sizes)
+        build_tasks_with(**sizes)

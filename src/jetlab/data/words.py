@@ -23,7 +23,7 @@ RELATIONS = ("likes", "fears", "hides", "feeds")
 DIGITS = tuple("0123456789")
 LETTERS = tuple("ABCDEFGHIJKLMNOP")
 SIGNS = ("?", "=", "+", "-", "is")
-TAGS = ("<knowledge>", "<math>", "<retrieval>", "<code>", "<facts>", "<text>")
+TAGS = ("<knowledge>", "<math>", "<retrieval>", "<code>", "<recency>", "<patterns>", "<chain>", "<facts>", "<text>")
 
 
 @cache

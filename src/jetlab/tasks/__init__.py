@@ -1,17 +1,23 @@
-"""The tasks by name: four scored families and two controls, each a file, all with the protocol of `jetlab.tasks.base`."""
+"""The tasks by name: four scored families, three sub-axes of them and two controls, each a file with the protocol of base.py."""
 
 from dataclasses import fields
 
 from jetlab.tasks.base import SPLITS, Example, Question, Task, split_of
+from jetlab.tasks.chain import Chain
 from jetlab.tasks.code import Code
 from jetlab.tasks.facts import Facts
 from jetlab.tasks.knowledge import Knowledge
 from jetlab.tasks.math import Math
+from jetlab.tasks.patterns import Patterns
+from jetlab.tasks.recency import Recency
 from jetlab.tasks.retrieval import Retrieval
 from jetlab.tasks.text import Text
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Knowledge, Math, Retrieval, Code, Facts, Text)}
-SCORED = ("knowledge", "math", "retrieval", "code")
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Knowledge, Math, Retrieval, Code, Recency, Patterns, Chain, Facts, Text)
+}
+SCORED = ("knowledge", "math", "retrieval", "code")  # what a search looks at
+SUB_AXES = ("recency", "patterns", "chain")  # each asks one mechanism; reported, never searched for
 CONTROLS = ("facts", "text")
 
 
@@ -35,4 +41,4 @@ def build_tasks(sizes: dict[str, dict]) -> dict[str, Task]:
     return {name: task(**sizes.get(name, {})) for name, task in TASKS.items()}
 
 
-__all__ = ["CONTROLS", "SCORED", "SPLITS", "TASKS", "Example", "Question", "Task", "build_tasks", "split_of"]
+__all__ = ["CONTROLS", "SCORED", "SPLITS", "SUB_AXES", "TASKS", "Example", "Question", "Task", "build_tasks", "split_of"]

@@ -1,4 +1,4 @@
-"""Retrieval: pairs of a name and an object, then a name; its object is asked for (recall of key-value pairs).
+"""Retrieval: pairs of a key and an object, then a key; its object is asked for (recall of key-value pairs).
 
     <retrieval> amber fox kettle owl … | kettle -> owl
 
@@ -17,12 +17,22 @@ _QUESTIONS = 60  # enough to fill a training row
 
 @dataclass(frozen=True)
 class Retrieval(Task):
-    n_pairs: int  # pairs in a context at full difficulty, 2 … 64
+    n_pairs: int  # pairs in a context at full difficulty, at least 2 and at most as many as there are keys
+    key_words: int  # 1: a key is one of 64 names; 2: a name and a relation, of which there are 256
     name = "retrieval"
 
     def __post_init__(self):
-        if not 2 <= self.n_pairs <= len(words.NAMES):
-            raise ValueError(f"n_pairs must be 2 … {len(words.NAMES)} (there are so many names), got {self.n_pairs}")
+        if self.key_words not in (1, 2):
+            raise ValueError(f"key_words must be 1 (a name) or 2 (a name and a relation), got {self.key_words}")
+        if not 2 <= self.n_pairs <= len(self._keys):
+            raise ValueError(
+                f"n_pairs must be 2 … {len(self._keys)} (there are so many keys of {self.key_words} words), got "
+                f"{self.n_pairs}"
+            )
+
+    @property
+    def _keys(self) -> list[str]:
+        return words.NAMES if self.key_words == 1 else [f"{name} {rel}" for name in words.NAMES for rel in words.RELATIONS]
 
     @property
     def chance(self) -> float:
@@ -30,7 +40,7 @@ class Retrieval(Task):
 
     def draw(self, rng: random.Random, size: Callable[[int], int], *, worked: bool) -> Example:
         n = size(self.n_pairs)
-        pairs = [(name, rng.choice(words.OBJECTS)) for name in rng.sample(words.NAMES, n)]
-        context = "<retrieval>" + "".join(f" {name} {obj}" for name, obj in pairs)
+        pairs = [(key, rng.choice(words.OBJECTS)) for key in rng.sample(self._keys, n)]
+        context = "<retrieval>" + "".join(f" {key} {obj}" for key, obj in pairs)
         asked = passes(rng, pairs, _QUESTIONS)
-        return Example(context, tuple(Question(f" {name}", f" {obj}") for name, obj in asked))
+        return Example(context, tuple(Question(f" {key}", f" {obj}") for key, obj in asked))

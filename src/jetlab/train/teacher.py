@@ -1,5 +1,6 @@
 """The starting point: a small Qwen2 that masters every task, as the study's pretrained full-attention model."""
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from jetlab.config import TeacherStudy
 from jetlab.data.packing import Batch, Mixture
 from jetlab.data.tokenizer import build_tokenizer
 from jetlab.models import surgery
+from jetlab.parallel import parallel_map
 from jetlab.paths import ROOT, require, resolve
 from jetlab.seeding import generator
 from jetlab.tasks import build_tasks
@@ -136,10 +138,12 @@ def provide(study: TeacherStudy, out_dir: str | Path) -> list[str]:
             surgery.load(study.hub_id)
             return [study.hub_id] * study.n_teachers
         case "train":
-            return [_train_into(Path(out_dir) / "teacher" / str(i), study, i) for i in range(study.n_teachers)]
+            train = partial(_train_into, out_dir=str(out_dir), study=study)
+            return parallel_map(train, range(study.n_teachers), n_threads=study.common.n_threads)
 
 
-def _train_into(folder: Path, study: TeacherStudy, index: int) -> str:
+def _train_into(index: int, out_dir: str, study: TeacherStudy) -> str:
+    folder = Path(out_dir) / "teacher" / str(index)
     training, seed = study.training, study.common.seed + index
     tokenizer = build_tokenizer()
     config = teacher_config(
@@ -161,7 +165,7 @@ def _train_into(folder: Path, study: TeacherStudy, index: int) -> str:
         ),
     )
     resolve(folder).mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(resolve(folder))
+    model.to(getattr(torch, training.dtype)).save_pretrained(resolve(folder))
     tokenizer.save_pretrained(resolve(folder))
     pd.DataFrame(history).to_csv(resolve(folder) / "loss.csv", index=False, float_format="%.5g")
     if resume is not None:
