@@ -31,6 +31,15 @@ def test_every_block_is_trained_and_decoded_beside_its_floor():
         assert len(re.findall(rf"^{kind} ", text, re.MULTILINE)) == 2
 
 
+def test_placements_scored_together_score_as_they_do_alone_for_half_the_layers():
+    text = printed("placements.py", "--contexts", "2", "--repeats", "1")
+    alone, together, ratio = (line.split()[-4:] for line in text.splitlines()[2:5])
+    assert (alone[0], together[0]) == ("296", "128")
+    assert float(ratio[0]) > 2 and float(ratio[2]) > 2  # layer evaluations, and their products
+    correct, loss = map(float, re.findall(r"\d\.\de[+-]\d\d", text))
+    assert correct == 0 and loss < 1e-4
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
 @pytest.mark.parametrize("kind", ["gla", "jetblock", "rwkv7"])  # one on each recurrence
 def test_peak_memory_grows_linearly_in_the_number_of_tokens(kind):

@@ -118,6 +118,8 @@ class TeacherTraining(StudyModel):
     muon_learning_rate: Rate  # of Muon, for the matrices of the layers
     warmup: Count
     n_workers: Annotated[int, Field(ge=0)]  # processes that make batches
+    growth: Annotated[float, Field(ge=0, lt=1)]  # share of the steps over which contexts grow to full size
+    start: str | None  # folder that holds 0, 1, …: models to go on from
     dtype: Literal["float32", "bfloat16"]  # of the weights that are written
     rows: dict[str, Count]
     weights: dict[str, float]

@@ -176,7 +176,14 @@ def parse_command(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("notebook", help="path from the root of the repository")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--params", nargs="+", action="extend", default=[], metavar="SECTION", help="of params.yaml")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="k=v", help="single values (YAML), or section.k=v for one of a section")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="k=v",
+        help="single values (YAML), or section.k=v for one of a section",
+    )
     parser.add_argument("--params-file", default="params.yaml", metavar="FILE", help="default: params.yaml")
     parser.add_argument("--record", metavar="NAME", help="also keep the small results in records/NAME/, with device")
     return parser.parse_args(arguments)

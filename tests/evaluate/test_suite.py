@@ -10,6 +10,7 @@ from jetlab.evaluate.suite import Exam, Score, normalised, paired_difference, st
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
 from jetlab.paths import ROOT
+from jetlab.train.paths import placement_kinds
 
 N_CONTEXTS, N_QUESTIONS = 4, 3
 
@@ -106,6 +107,63 @@ def test_scoring_leaves_the_model_as_it_was(model, exam):
 def test_more_contexts_begin_with_the_same_ones(model, tasks, tokenizer):
     few, many = (Exam([tasks["retrieval"]], tokenizer, "select", n, 5, n_questions=2).score(model) for n in (2, 5))
     np.testing.assert_allclose(few["retrieval"].loss, many["retrieval"].loss[:2], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def supernet():
+    """The bundled teacher with an untrained linear path in each layer, and five placements of it."""
+    model, _ = surgery.load(ROOT / "assets/teacher/0")
+    torch.manual_seed(0)
+    surgery.wrap(model, "gated_deltanet", BlockDims(64, 2, 16, 16))
+    return model, [placement_kinds(8, full, "gated_deltanet") for full in ((), (4,), (0, 7), (0, 6), tuple(range(8)))]
+
+
+def assert_same_scores(found, expected):
+    assert list(found) == list(expected)
+    for name, score in expected.items():
+        np.testing.assert_allclose(found[name].loss, score.loss, atol=1e-5)  # fp32: more rows sum in another order
+        if score.metric == "accuracy":
+            np.testing.assert_array_equal(found[name].correct, score.correct)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(supernet, exam):
+    model, architectures = supernet
+    scores = {}
+    for kinds in architectures:
+        surgery.activate(model, kinds)
+        scores[kinds] = exam.score(model)
+    return scores
+
+
+# All at once; fewer contexts at a time; and with 8 rows for one context's 3 questions, two architectures at a time.
+@pytest.mark.parametrize("max_rows", [2048, 40, 8])
+def test_all_architectures_at_once_have_the_scores_of_each(max_rows, supernet, exam, one_by_one):
+    model, architectures = supernet
+    scores = exam.score_all(model, architectures, max_rows=max_rows)
+    assert list(scores) == architectures
+    for kinds, expected in one_by_one.items():
+        assert_same_scores(scores[kinds], expected)
+
+
+@pytest.mark.parametrize("max_rows", [60, 31, 7])
+def test_a_forward_holds_no_more_rows_than_allowed(max_rows, supernet, exam):
+    model, architectures = supernet
+    n_rows = []
+    handle = surgery.decoder(model).register_forward_hook(lambda _m, _x, y: n_rows.append(len(y.last_hidden_state)))
+    exam.score_all(model, architectures, max_rows=max_rows)
+    handle.remove()
+    assert max_rows / 2 < max(n_rows) <= max_rows
+
+
+def test_every_prediction_goes_through_the_head_once(supernet, tokenizer, tasks):
+    """The choices of a question are read off one distribution, at the one place where they all begin."""
+    model, architectures = supernet
+    n_predictions = []
+    handle = model.lm_head.register_forward_hook(lambda _m, _x, y: n_predictions.append(y[..., 0].numel()))
+    Exam([tasks["knowledge"]], tokenizer, "test", 2, 0, n_questions=3).score_all(model, architectures)
+    handle.remove()
+    assert sum(n_predictions) == 2 * 3 * len(architectures)
 
 
 class _Splits:

@@ -214,6 +214,107 @@ def test_a_supernet_may_have_paths_in_some_layers_only():
     assert [len(slot.paths) for slot in surgery.slots(model)] == [1, 2, 1]
 
 
+THREE = ("gated_deltanet", "sliding_attention")
+
+
+@every_model
+def test_a_supernet_of_three_kinds_on_its_attention_paths_is_the_pretrained_model_to_the_bit(family):
+    plain = build(family)
+    attached = surgery.attach(copy.deepcopy(plain))
+    model = surgery.wrap(plain, THREE, DIMS, window=WINDOW)
+    assert [list(slot.paths) for slot in surgery.slots(model)] == [["attention", *THREE]] * 3
+    torch.testing.assert_close(logits(model, ids()), logits(attached, ids()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [("sliding_attention",) * 3, ("gated_deltanet",) * 3, ("sliding_attention", "gated_deltanet", "attention")],
+    ids="-".join,
+)
+def test_each_path_of_a_supernet_of_three_kinds_is_what_convert_builds(kinds):
+    torch.manual_seed(3)
+    model = surgery.wrap(build(), THREE, DIMS, window=WINDOW)
+    torch.manual_seed(3)
+    expected = surgery.convert(build(), kinds, DIMS, **options_of(kinds))
+    surgery.activate(model, kinds)
+    if kinds.count("gated_deltanet") == 1:  # convert draws no values for the layer before it
+        surgery.slots(expected)[1].paths["gated_deltanet"] = surgery.slots(model)[1].paths["gated_deltanet"]
+    torch.testing.assert_close(logits(model, ids()), logits(expected, ids()), atol=0, rtol=0)
+    assert surgery.state_bytes(model, 14) == surgery.state_bytes(expected, 14)
+
+
+def test_a_path_beside_sliding_attention_starts_with_the_values_that_it_has_alone():
+    def built(kinds, **options):
+        torch.manual_seed(3)
+        model = build()
+        return {name: p for name, p in surgery.wrap(model, kinds, DIMS, **options).named_parameters()}
+
+    alone, beside = built("gated_deltanet"), built(THREE, window=WINDOW)
+    assert list(alone) == list(beside)  # sliding attention has no parameters of its own, not even under another name
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
+
+
+def test_options_other_than_the_window_go_to_the_linear_path():
+    model = surgery.wrap(build(), ("jetblock", "sliding_attention"), DIMS, window=4, conv_v="static")
+    paths = surgery.slots(model)[0].paths
+    assert paths["sliding_attention"].window == 4 and list(surgery.slots(model)[0].linear) == ["jetblock"]
+    with pytest.raises(TypeError, match="window"):
+        surgery.wrap(build(), "jetblock", DIMS, window=4)
+
+
+def test_only_the_linear_paths_of_a_supernet_of_three_kinds_train():
+    model = surgery.wrap(build(), THREE, DIMS, window=WINDOW)
+    trained = surgery.freeze(model)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == len(names) and all(".paths.gated_deltanet." in name for name in names)
+
+
+def test_a_supernet_of_rwkv7_and_sliding_attention_has_one_first_layer():
+    model = surgery.wrap(build(), ("rwkv7", "sliding_attention"), DIMS, window=4)
+    assert [slot.paths["rwkv7"].v_lora is None for slot in surgery.slots(model)] == [True, False, False]
+
+
+def test_the_bytes_of_every_path_are_those_of_the_architecture_that_uses_it():
+    model = surgery.wrap(build(), THREE, DIMS, window=WINDOW, layers=[0, 2])
+    found = surgery.path_bytes(model, 14)
+    assert [list(of) for of in found] == [["attention", *THREE], ["attention"], ["attention", *THREE]]
+    # 2 kv heads · head_dim 6 · keys and values · 4 bytes, of 14 tokens and of the last 6
+    assert found[0]["attention"] == 2 * 12 * 14 * 4 and found[0]["sliding_attention"] == 2 * 12 * WINDOW * 4
+
+
+@pytest.mark.parametrize("kind", ["gated_deltanet", "rwkv7"])
+def test_blended_slots_go_from_one_path_to_the_other_and_come_back(kind):
+    model = surgery.wrap(build(), kind, DIMS)
+    surgery.activate(model, [kind] * 3)
+    expected = logits(model, ids())
+    with surgery.blended(model, kind, torch.zeros(3)):
+        torch.testing.assert_close(logits(model, ids()), expected, atol=0, rtol=0)
+    with surgery.blended(model, kind, torch.tensor([0.0, 1.0, 0.0])):
+        mixed = logits(model, ids())
+    torch.testing.assert_close(logits(model, ids()), expected, atol=0, rtol=0)
+    surgery.activate(model, [kind, "attention", kind])
+    torch.testing.assert_close(mixed, logits(model, ids()), atol=0, rtol=0)
+
+
+def test_a_blended_slot_returns_the_weighted_sum_of_its_paths():
+    model = surgery.wrap(build(), "gated_deltanet", DIMS)
+    with surgery.blended(model, "gated_deltanet", torch.full((3,), 0.3)), surgery.recorded(model) as tape:
+        logits(model, ids())
+    x, y = tape[0]
+    paths = surgery.slots(model)[0].paths
+    with torch.no_grad():
+        expected = 0.3 * paths["attention"](x)[0] + 0.7 * paths["gated_deltanet"](x)[0]
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6)  # fp32: a gate and its complement are rounded
+
+
+def test_blended_slots_carry_both_states():
+    model = surgery.wrap(build(), "gated_deltanet", DIMS)
+    with surgery.blended(model, "gated_deltanet", torch.tensor([0.2, 0.5, 0.9])):
+        expected, cache = logits(model, ids()), surgery.HybridCache()
+        found = [logits(model, part, cache=cache) for part in ids().split((9, 1, 4), dim=1)]
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-4, rtol=1e-4)  # fp32: another order of sums
+
+
 def test_the_same_seed_builds_the_same_hybrid():
     def built(seed):
         model = build()
@@ -434,6 +535,24 @@ def test_the_tokeniser_of_a_folder_is_read_as_it_stands():
             ValueError,
             "window must be a whole number ≥ 1",
             id="window-of-nothing",
+        ),
+        pytest.param(
+            lambda m: surgery.wrap(m, ("gla", "sliding_attention"), DIMS),
+            ValueError,
+            "sliding_attention needs a window, got none",
+            id="sliding-beside-gla-without-a-window",
+        ),
+        pytest.param(
+            lambda m: surgery.blended(surgery.wrap(m, "gla", DIMS), "gla", torch.ones(2)).__enter__(),
+            ValueError,
+            r"one gate per layer, 3 here, got shape \(2,\)",
+            id="two-gates-three-layers",
+        ),
+        pytest.param(
+            lambda m: surgery.blended(surgery.attach(m), "gla", torch.ones(3)).__enter__(),
+            ValueError,
+            "layer 0 has paths attention, not 'gla'; wrap the model",
+            id="gates-to-a-path-that-is-not-there",
         ),
         pytest.param(
             lambda m: surgery.attach(surgery.attach(m)), ValueError, "has slots already; load a fresh one", id="twice"

@@ -43,7 +43,7 @@ def answer_to_code(context, prompt):
 
 
 def answer_to_recency(context, prompt):
-    before, after = context.split(" =")
+    _, after = context.split(" =")
     return f" {pairs(f'<recency>{after}')[prompt.strip()]}"
 
 
@@ -255,7 +255,9 @@ def test_an_unknown_split_is_refused_with_the_known_ones(tasks):
         pytest.param({"maths": {}}, r"knowledge, math.* got maths", id="unknown-task"),
         pytest.param({"retrieval": {"n_pairs": 65, "key_words": 1}}, r"2 … 64 .* got 65", id="more-pairs-than-names"),
         pytest.param({"retrieval": {"n_pairs": 1, "key_words": 1}}, r"2 … 64 .* got 1", id="a-single-pair"),
-        pytest.param({"retrieval": {"n_pairs": 257, "key_words": 2}}, r"2 … 256 .* got 257", id="more-than-two-words-name"),
+        pytest.param(
+            {"retrieval": {"n_pairs": 257, "key_words": 2}}, r"2 … 256 .* got 257", id="more-than-two-words-name"
+        ),
         pytest.param({"retrieval": {"n_pairs": 4, "key_words": 3}}, r"1 .* or 2 .* got 3", id="keys-of-three-words"),
         pytest.param({"recency": {"n_pairs": 4, "n_distractors": 0}}, r"at least 1, got 0", id="nothing-to-forget"),
         pytest.param({"patterns": {"n_records": 65}}, r"2 … 64 .* got 65", id="more-records-than-names"),

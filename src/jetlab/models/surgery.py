@@ -1,6 +1,6 @@
 """Surgery on a Hugging Face decoder: each attention layer becomes a slot that holds one or more token mixers.
 
-`wrap` puts a linear path beside every attention (the supernet of Sec 2.2), `convert` leaves one mixer a layer (a hybrid),
+`wrap` puts new paths beside every attention (the supernet of Sec 2.2), `convert` leaves one mixer a layer (a hybrid),
 `freeze` fixes all that came with the pretrained model, `save` and `load` keep hybrids as Hugging Face folders.
 The decoder's own forward stays in charge of embeddings, norms, MLPs and head, so any model whose decoder layers have a
 `self_attn` with separate q, k, v projections works: Qwen2, Qwen3, Llama, Gemma 3.
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,14 +95,21 @@ class Slot(nn.Module):
     def forward(self, hidden_states, past_key_values: HybridCache | None = None, position_ids=None, **_kwargs):
         call = self._call
         state = None if past_key_values is None else past_key_values.states.get(self.layer_idx)
-        y, state = self.paths[self.active](
-            hidden_states, state, mask=call.mask, positions=position_ids, shared=call.shared
-        )
+        y, state = self.mix(hidden_states, state, mask=call.mask, positions=position_ids, shared=call.shared)
         if past_key_values is not None:
             past_key_values.states[self.layer_idx] = state
         if call.tape is not None:
             call.tape.append((hidden_states, y))
         return y, None
+
+    def mix(self, x: Tensor, state, **call) -> tuple[Tensor, object]:
+        """y and the new state by the active path; `blended` and `prefixes.branching` put several paths in its place."""
+        return self.paths[self.active](x, state, **call)
+
+    @property
+    def linear(self) -> dict[str, nn.Module]:
+        """The paths with parameters of their own: all but the pretrained attention, be it seen through a window."""
+        return {kind: path for kind, path in self.paths.items() if not isinstance(path, Attention)}
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -163,40 +171,54 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _build(model: PreTrainedModel, kinds: Sequence[str], dims: BlockDims | None, options: dict) -> None:
-    """Give every slot a path of the kind that `kinds` names, beside its attention."""
-    for index, (slot, kind) in enumerate(zip(slots(model), kinds, strict=True)):
+def _build(model: PreTrainedModel, kinds: Sequence[Sequence[str]], dims: BlockDims | None, options: dict) -> None:
+    """Give every slot a path of each kind that `kinds` names for it, beside its attention."""
+    for index, slot in enumerate(slots(model)):
         pretrained = slot.paths["attention"]
-        if kind == "sliding_attention":
-            own = _options_of(index, kinds, options)
-            slot.paths[kind] = MIXERS[kind].from_attention(pretrained.inner, pretrained.rotary, **own)
-        elif kind != "attention":
-            mixer = MIXERS[kind].from_attention(pretrained.inner, dims, **_options_of(index, kinds, options))
-            slot.paths[kind] = mixer.to(pretrained.inner.q_proj.weight.device)
+        for kind in kinds[index]:
+            if kind == "sliding_attention":
+                own = _options_of(kind, index, kinds, options)
+                slot.paths[kind] = MIXERS[kind].from_attention(pretrained.inner, pretrained.rotary, **own)
+            elif kind != "attention":
+                mixer = MIXERS[kind].from_attention(pretrained.inner, dims, **_options_of(kind, index, kinds, options))
+                slot.paths[kind] = mixer.to(pretrained.inner.q_proj.weight.device)
 
 
-def _options_of(index: int, kinds: Sequence[str], options: dict) -> dict:
-    """What layer `index` is built with: `window` is for sliding attention and all else for linear kinds, if there are both."""
-    kind, sliding = kinds[index], "sliding_attention"
+def _options_of(kind: str, index: int, kinds: Sequence[Sequence[str]], options: dict) -> dict:
+    """What a path of layer `index` is built with: `window` is for sliding attention and all else for linear kinds, if both are.
+
+    `kinds` names the paths of every layer.
+    """
+    sliding = "sliding_attention"
     if kind == sliding and "window" not in options:
         raise ValueError("sliding_attention needs a window, got none; pass window=… in tokens")
-    if sliding in kinds and set(kinds) - {sliding, "attention"}:
+    anywhere = set().union(*kinds)
+    if sliding in anywhere and anywhere - {sliding, "attention"}:
         options = {name: value for name, value in options.items() if (name == "window") == (kind == sliding)}
     if getattr(MIXERS[kind], "depends_on_depth", False):
-        options = options | {"layer_idx": index, "n_layers": len(kinds), "first": kind not in kinds[:index]}
+        first = not any(kind in above for above in kinds[:index])
+        options = options | {"layer_idx": index, "n_layers": len(kinds), "first": first}
     return options
 
 
 def wrap(
-    model: PreTrainedModel, kind: str, dims: BlockDims | None, *, layers: Sequence[int] | None = None, **options
+    model: PreTrainedModel,
+    kinds: str | Sequence[str],
+    dims: BlockDims | None,
+    *,
+    layers: Sequence[int] | None = None,
+    **options,
 ) -> PreTrainedModel:
-    """The supernet: beside the attention of each layer (or of `layers`) a new path of `kind`. In place; returns the model.
+    """The supernet: beside the attention of each layer (or of `layers`) new paths of `kinds`. In place; returns the model.
 
-    Initial values come from torch's global generator, layer by layer. Sliding attention has none and takes no `dims`.
+    Initial values come from torch's global generator, layer by layer. Sliding attention has none and takes no `dims`;
+    beside it `options` go to the linear kinds, but for its `window` in tokens.
     """
     attach(model)
-    wrapped = [kind if layers is None or index in layers else "attention" for index in range(len(slots(model)))]
-    _build(model, wrapped, dims, options)
+    new = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    _build(
+        model, [new if layers is None or index in layers else () for index in range(len(slots(model)))], dims, options
+    )
     return model
 
 
@@ -211,9 +233,13 @@ def activate(model: PreTrainedModel, kinds: Sequence[str]) -> None:
     """Choose the path of each layer. Raises ValueError for a wrong number of kinds or a path that a layer lacks."""
     found = _slots_for(model, kinds)
     for index, (slot, kind) in enumerate(zip(found, kinds, strict=True)):
-        if kind not in slot.paths:
-            raise ValueError(f"layer {index} has paths {', '.join(slot.paths)}, not {kind!r}; wrap the model with it")
+        _require_path(index, slot, kind)
         slot.active = kind
+
+
+def _require_path(index: int, slot: Slot, kind: str) -> None:
+    if kind not in slot.paths:
+        raise ValueError(f"layer {index} has paths {', '.join(slot.paths)}, not {kind!r}; wrap the model with it")
 
 
 def convert(model: PreTrainedModel, kinds: Sequence[str], dims: BlockDims | None, **options) -> PreTrainedModel:
@@ -223,7 +249,7 @@ def convert(model: PreTrainedModel, kinds: Sequence[str], dims: BlockDims | None
     """
     attach(model)
     _slots_for(model, kinds)
-    _build(model, kinds, dims, options)
+    _build(model, [(kind,) for kind in kinds], dims, options)
     return prune(model, kinds)
 
 
@@ -243,7 +269,7 @@ def prune(model: PreTrainedModel, kinds: Sequence[str]) -> PreTrainedModel:
 def freeze(model: PreTrainedModel) -> list[nn.Parameter]:
     """Fix everything that came with the pretrained model, attention included; returns the parameters that train."""
     model.requires_grad_(False)
-    new = [path for slot in slots(model) for path in slot.paths.values() if not isinstance(path, Attention)]
+    new = [path for slot in slots(model) for path in slot.linear.values()]
     for path in new:
         path.requires_grad_(True)
     return [parameter for path in new for parameter in path.parameters()]
@@ -256,7 +282,40 @@ def kinds_of(model: PreTrainedModel) -> LayerKinds:
 
 def state_bytes(model: PreTrainedModel, seq_len: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of state and cache of one sequence of `seq_len` tokens under the active architecture."""
-    return sum(slot.paths[slot.active].state_bytes(seq_len, dtype) for slot in slots(model))
+    return sum(of[kind] for of, kind in zip(path_bytes(model, seq_len, dtype), kinds_of(model), strict=True))
+
+
+def path_bytes(model: PreTrainedModel, seq_len: int, dtype: torch.dtype = torch.float32) -> list[dict[str, int]]:
+    """Bytes of state and cache that each path of each layer holds of one sequence of `seq_len` tokens."""
+    return [{kind: path.state_bytes(seq_len, dtype) for kind, path in slot.paths.items()} for slot in slots(model)]
+
+
+@contextmanager
+def blended(model: PreTrainedModel, kind: str, gates: Tensor):
+    """Within it the slot of layer l returns gates[l] · attention(x) + (1 − gates[l]) · path(x), its path of `kind`.
+
+    gates [n_layers] get gradients; a state holds both paths'. Afterwards the model is as it was.
+    Raises ValueError for a wrong number of gates or a path that a layer lacks.
+    """
+    found = slots(model)
+    if gates.shape != (len(found),):
+        raise ValueError(f"blended needs one gate per layer, {len(found)} here, got shape {tuple(gates.shape)}")
+    for index, slot in enumerate(found):
+        for needed in ("attention", kind):
+            _require_path(index, slot, needed)
+    try:
+        for slot, gate in zip(found, gates.unbind(), strict=True):
+            slot.mix = partial(_blend, slot, kind, gate)
+        yield
+    finally:
+        for slot in found:
+            vars(slot).pop("mix", None)  # the class's own shows again
+
+
+def _blend(slot: Slot, kind: str, gate: Tensor, x: Tensor, state, **call) -> tuple[Tensor, tuple]:
+    a, b = state or (None, None)
+    (attention, a), (other, b) = slot.paths["attention"](x, a, **call), slot.paths[kind](x, b, **call)
+    return gate * attention + (1 - gate) * other, (a, b)
 
 
 @contextmanager

@@ -12,8 +12,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from jetlab.evaluate.suite import Exam, Score, normalised, standard_error
-from jetlab.models.prefixes import by_prefix, reusing_prefixes
-from jetlab.progress import progress
 from jetlab.tasks import SCORED, TASKS
 from jetlab.train.paths import placement_kinds
 
@@ -42,15 +40,9 @@ def uniform(n_layers: int, budget: int) -> Placement:
 
 def evaluate(model: PreTrainedModel, kind: str, exam: Exam, placements: Iterable[Placement], label: str = "placements"):
     """The scores of a supernet under each placement -> {placement: {task: Score}}."""
-    n_layers = model.config.num_hidden_layers
-    kinds = {full: placement_kinds(n_layers, full, kind) for full in placements}
-    scores = {}
-    with reusing_prefixes(model) as choose:
-        for architecture in progress(by_prefix(set(kinds.values())), label, unit="placement"):
-            choose(architecture)
-            scores[architecture] = exam.score(model)
-    table: ScoreTable = {full: scores[architecture] for full, architecture in kinds.items()}
-    return table
+    kinds = {full: placement_kinds(model.config.num_hidden_layers, full, kind) for full in placements}
+    scores = exam.score_all(model, kinds.values(), label=label)
+    return {full: scores[architecture] for full, architecture in kinds.items()}
 
 
 def objective(scores: dict[str, Score], task: str, ceilings: dict[str, float] | None = None) -> float:

@@ -1,4 +1,4 @@
-"""The tasks by name: four scored families, three sub-axes of them and two controls, each a file with the protocol of base.py."""
+"""The tasks by name: four scored families, three sub-axes and two controls, each a file with the protocol of base.py."""
 
 from dataclasses import fields
 
@@ -41,4 +41,15 @@ def build_tasks(sizes: dict[str, dict]) -> dict[str, Task]:
     return {name: task(**sizes.get(name, {})) for name, task in TASKS.items()}
 
 
-__all__ = ["CONTROLS", "SCORED", "SPLITS", "SUB_AXES", "TASKS", "Example", "Question", "Task", "build_tasks", "split_of"]
+__all__ = [
+    "CONTROLS",
+    "SCORED",
+    "SPLITS",
+    "SUB_AXES",
+    "TASKS",
+    "Example",
+    "Question",
+    "Task",
+    "build_tasks",
+    "split_of",
+]

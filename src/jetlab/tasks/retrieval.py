@@ -32,7 +32,9 @@ class Retrieval(Task):
 
     @property
     def _keys(self) -> list[str]:
-        return words.NAMES if self.key_words == 1 else [f"{name} {rel}" for name in words.NAMES for rel in words.RELATIONS]
+        return (
+            words.NAMES if self.key_words == 1 else [f"{name} {rel}" for name in words.NAMES for rel in words.RELATIONS]
+        )
 
     @property
     def chance(self) -> float:

@@ -50,9 +50,9 @@ def forward(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, tuple[Tensor,
     return out.last_hidden_state, out.hidden_states[1:]
 
 
-def difficulty(training: Training, step: int) -> float:
-    """Share of the full size that contexts reach at a step end to end: from a tenth to 1."""
-    return min(1.0, 0.1 + step / (training.growth * training.n_steps)) if training.growth else 1.0
+def difficulty(growing_steps: float, step: int) -> float:
+    """Share of the full size that contexts reach at a step: from a tenth to 1 over `growing_steps`; 1 if those are 0."""
+    return min(1.0, 0.1 + step / growing_steps) if growing_steps else 1.0
 
 
 def train_paths(
@@ -76,7 +76,7 @@ def train_paths(
     freeze(model)
     found = slots(model)
     all_full = tuple("attention" for _ in found)
-    linear = [{name: path for name, path in slot.paths.items() if name != "attention"} for slot in found]
+    linear = [slot.linear for slot in found]
     model.train()
 
     def teacher(batch: Batch):
@@ -91,7 +91,7 @@ def train_paths(
         return torch.stack(losses).mean(), {}
 
     def end_to_end(step: int):
-        batch = mixture.batch(n_local + step, difficulty(training, step)).to(device)
+        batch = mixture.batch(n_local + step, difficulty(training.growth * training.n_steps, step)).to(device)
         position, _, which = batch.targets()
         last_t, features_t, _ = teacher(batch)
         activate(model, law(step))

@@ -18,6 +18,7 @@ from jetlab.seeding import generator
 from jetlab.tasks import build_tasks
 from jetlab.train.loop import Resume, adamw, fit
 from jetlab.train.losses import answer_loss
+from jetlab.train.paths import difficulty
 
 
 def teacher_config(
@@ -60,17 +61,41 @@ def initialise(model: Qwen2ForCausalLM, seed: int) -> None:
         model.model.norm.weight.fill_(0.25)
 
 
-class _Steps(Dataset):
-    """Step number to batch, with contexts that grow from a tenth to the full size over the first 40 % of the steps."""
+def take_over(model: Qwen2ForCausalLM, tokenizer, folder: str | Path) -> None:
+    """Copy the weights of the model in `folder`, of the same shape; tokens that its vocabulary lacks keep their own.
 
-    def __init__(self, mixture: Mixture, n_steps: int):
-        self.mixture, self.n_steps = mixture, n_steps
+    So a trained teacher learns tasks that came later, without the induction step's lottery (assets/teacher/README.md).
+    Raises ValueError if the shapes differ.
+    """
+    before, known = surgery.load(resolve(folder))
+    weights = before.state_dict()
+    embeddings = model.model.embed_tokens.weight.detach().clone()
+    shared = [
+        (index, known.get_vocab()[token])
+        for token, index in tokenizer.get_vocab().items()
+        if token in known.get_vocab()
+    ]
+    new, old = map(list, zip(*shared, strict=True))
+    if weights["model.embed_tokens.weight"].shape[1] != embeddings.shape[1]:
+        raise ValueError(
+            f"{folder} has another width than teacher.training.d_model = {embeddings.shape[1]}; change one"
+        )
+    embeddings[new] = weights["model.embed_tokens.weight"][old]
+    weights |= {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings}
+    model.load_state_dict(weights)
+
+
+class _Steps(Dataset):
+    """Step number to batch, with contexts that grow from a tenth to the full size over the share `growth` of the steps."""
+
+    def __init__(self, mixture: Mixture, n_steps: int, growth: float):
+        self.mixture, self.n_steps, self.growth = mixture, n_steps, growth
 
     def __len__(self) -> int:
         return self.n_steps
 
     def __getitem__(self, step: int) -> Batch:
-        return self.mixture.batch(step, difficulty=min(1.0, 0.1 + step / (0.4 * self.n_steps)))
+        return self.mixture.batch(step, difficulty=difficulty(self.growth * self.n_steps, step))
 
 
 def train_teacher(
@@ -83,12 +108,16 @@ def train_teacher(
     muon_learning_rate: float,
     warmup: int,
     weights: dict[str, float],
+    growth: float,
+    start: str | None = None,
     device: str = "cpu",
     n_workers: int = 0,
     label: str = "teacher",
     resume: Resume | None = None,
 ) -> tuple[PreTrainedModel, list[dict]]:
-    """Train from random weights on the answers of all tasks; returns the model on the CPU and the loss curve.
+    """Train on the answers of all tasks, from random weights or those in the folder `start`.
+
+    Returns the model on the CPU and the loss curve.
 
     Muon on the matrices of the layers, AdamW on the rest; fp32, with TF32 products on a GPU. `n_workers`
     processes make the batches. Under bf16 autocast Muon and growing contexts brought recall of 48 pairs within 1,000
@@ -98,6 +127,8 @@ def train_teacher(
     torch.set_float32_matmul_precision("high")
     model = Qwen2ForCausalLM(config)
     initialise(model, seed)
+    if start is not None:
+        take_over(model, mixture.tokenizer, start)
     model.to(device).train()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     chosen = set(map(id, matrices))
@@ -105,7 +136,7 @@ def train_teacher(
         torch.optim.Muon(matrices, lr=muon_learning_rate, momentum=0.95, weight_decay=0.0),
         adamw((p for p in model.parameters() if id(p) not in chosen), learning_rate, weight_decay=0.01),
     ]
-    steps = _Steps(mixture, n_steps)
+    steps = _Steps(mixture, n_steps, growth)
     feed = iter(DataLoader(steps, batch_size=None, num_workers=n_workers)) if n_workers else None
 
     def loss_at(step: int):
@@ -159,9 +190,10 @@ def _train_into(index: int, out_dir: str, study: TeacherStudy) -> str:
         seed=seed,
         device=study.common.device,
         label=f"teacher {index}",
+        start=None if training.start is None else f"{training.start}/{index}",
         resume=resume,
         **training.model_dump(
-            include={"n_steps", "learning_rate", "muon_learning_rate", "warmup", "weights", "n_workers"}
+            include={"n_steps", "learning_rate", "muon_learning_rate", "warmup", "weights", "growth", "n_workers"}
         ),
     )
     resolve(folder).mkdir(parents=True, exist_ok=True)
