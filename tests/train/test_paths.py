@@ -9,7 +9,7 @@ from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
 from jetlab.paths import ROOT
 from jetlab.train import loop
-from jetlab.train.paths import fixed_law, placement_kinds, random_law, train_paths
+from jetlab.train.paths import LAWS, fixed_law, path_law, placement_kinds, train_paths
 
 
 def build():
@@ -18,15 +18,16 @@ def build():
     return surgery.wrap(model, "gated_deltanet", BlockDims(64, 2, 8, 8)), tokenizer
 
 
-def train(tasks, *, n_local=11, n_steps=6, law=None, resume_key=None):
+def train(tasks, *, n_local=11, n_steps=6, law=None, resume_key=None, measure=None, **weights):
     model, tokenizer = build()
+    weights = {"feature_weight": 1.0, "logit_weight": 1.0} | weights
     training = Training(
-        n_local=n_local, n_steps=n_steps, learning_rate=5e-3, warmup=2, feature_weight=1.0, growth=0.4,
+        n_local=n_local, n_steps=n_steps, learning_rate=5e-3, warmup=2, growth=0.4, **weights,
         rows={"retrieval": 1, "math": 1}, weights={"math": 0.5},
     )  # fmt: skip
     mixture = Mixture(tasks, training.rows, tokenizer, 40, seed=0)
-    law = law or random_law(8, "gated_deltanet", 2, seed=0)
-    return model, train_paths(model, mixture, law, training, label="paths", resume_key=resume_key)
+    law = law or path_law("up_to_k", 8, "gated_deltanet", 2, seed=0)
+    return model, train_paths(model, mixture, law, training, label="paths", resume_key=resume_key, measure=measure)
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +92,56 @@ def test_a_fixed_architecture_trains_its_own_paths_only(tasks):
     assert moved == {0, 1, 3, 4, 6, 7}
 
 
-def test_the_law_of_paths_draws_every_number_of_full_layers_and_every_layer():
-    law = random_law(8, "jetblock", 2, seed=0)
-    full = [tuple(i for i, kind in enumerate(law(step)) if kind == "attention") for step in range(300)]
-    assert [law(step) for step in range(9)] == [random_law(8, "jetblock", 2, seed=0)(step) for step in range(9)]
-    assert all(set(law(step)) <= {"attention", "jetblock"} for step in range(9))
-    counts = [sum(len(f) == k for f in full) for k in range(4)]
-    assert counts[3] == 0 and all(70 < n < 130 for n in counts[:3])  # 100 expected, sd 8
-    assert {layer for f in full for layer in f} == set(range(8))
+def full_layers(name, n_steps=600):
+    law = path_law(name, 8, "jetblock", 2, seed=0)
+    drawn = [law(step) for step in range(n_steps)]
+    assert drawn == [path_law(name, 8, "jetblock", 2, seed=0)(step) for step in range(n_steps)]
+    assert {kind for kinds in drawn for kind in kinds} == {"attention", "jetblock"}
+    return [tuple(i for i, kind in enumerate(kinds) if kind == "attention") for kinds in drawn]
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_keeps_every_layer_equally_often(name):
+    full = full_layers(name)
+    counts = [sum(layer in f for f in full) for layer in range(8)]
+    expected = sum(map(len, full)) / 8
+    assert all(abs(n - expected) < 5 * expected**0.5 for n in counts)
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        pytest.param("fixed_k", {2: 1.0}, id="always-k"),
+        pytest.param("up_to_k", {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}, id="any-number-equally-often"),
+        pytest.param("sandwich", {0: 4 / 9, 1: 1 / 9, 2: 4 / 9}, id="the-ends-by-turns-with-what-lies-between"),
+        pytest.param("coin", {0: 0.75**8, 1: 8 * 0.25 * 0.75**7, 2: 28 * 0.25**2 * 0.75**6}, id="binomial"),
+    ],
+)
+def test_a_law_draws_so_many_full_layers(name, shares):
+    numbers = [len(f) for f in full_layers(name)]
+    for n, share in shares.items():
+        assert abs(numbers.count(n) / 600 - share) <= 4 * (share * (1 - share) / 600) ** 0.5
+    assert max(numbers) == 2 or name == "coin"
+
+
+def test_an_unknown_law_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="coin, fixed_k, up_to_k, sandwich, got 'dice'"):
+        path_law("dice", 8, "jetblock", 2, seed=0)
+
+
+def test_a_loss_term_of_weight_zero_is_left_out(tasks):
+    """And the two terms add up to the loss with both."""
+    losses = []
+    for weights in ({"feature_weight": 1.0, "logit_weight": 0.0}, {"feature_weight": 0.0, "logit_weight": 1.0}, {}):
+        _, history = train(tasks, n_local=0, n_steps=1, **weights)
+        losses.append(history[-1]["loss"])
+    assert min(losses) > 0 and losses[0] + losses[1] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_what_is_measured_on_the_way_stands_in_the_curve_and_moves_no_weight(run, tasks):
+    model, history = train(tasks, measure=lambda step: {"seen": step})
+    assert history[-1]["seen"] == 6 and "seen" not in history[0]
+    assert all(torch.equal(x, run[0].state_dict()[name]) for name, x in model.state_dict().items())
 
 
 def test_placements_name_layers_from_zero():

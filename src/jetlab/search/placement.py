@@ -5,6 +5,7 @@ Split `search` is what selectors see, `select` decides the placement that later 
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,20 @@ from jetlab.search.selectors import (
     select,
     uniform,
 )
-from jetlab.search.supernet import load
-from jetlab.tasks import SCORED, SPLITS
+from jetlab.search.supernet import load, members
+from jetlab.tasks import SCORED, SPLITS, SUB_AXES
 
 SELECTORS = ("beam", "greedy", "single_layer", "uniform", "exhaustive")
 
 
 @dataclass(frozen=True)
 class PlacementRun:
-    """All that the tables of one teacher say. `tables` maps split to {placement: {task: Score}}, `full` the teacher's own."""
+    """All that the tables of one supernet say: `name` as in `supernet.members`.
 
+    `tables` maps split to {placement: {task: Score}}, `full` to the teacher's own.
+    """
+
+    name: str
     teacher: str
     n_layers: int
     beam_width: int
@@ -100,10 +105,20 @@ class PlacementRun:
     def estimates(self) -> list[tuple[str, float, float, int]]:
         """(key, value, standard error, contexts) on split `test`, keys `{task}_k{budget}_{what}`; accuracies.
 
-        `found` is chosen for the task, `common` for all tasks at once; differences are paired over contexts.
+        `found` is chosen for the task, `common` for all tasks at once; differences are paired over contexts. Nothing is
+        searched for a sub-axis, so it has no `found` and no `exhaustive`.
         """
         rows = []
         test = self.tables["test"]
+        for axis, budget in product(SUB_AXES, range(1, self.max_budget + 1)):
+            scores = {
+                "common": test[self.common(budget)][axis],
+                "uniform": test[uniform(self.n_layers, budget)][axis],
+                "all_linear": test[()][axis],
+                "teacher": self.full["test"][axis],
+            }
+            rows += [(f"{axis}_k{budget}_{what}", s.value, s.se, len(s.correct)) for what, s in scores.items()]
+            rows.append((f"{axis}_k{budget}_random", *random_mean(test, axis, budget)))
         for task in SCORED:
             for budget in range(1, self.max_budget + 1):
                 key = f"{task}_k{budget}"
@@ -130,22 +145,23 @@ def _paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float, int]:
     return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5), len(difference)
 
 
-def _search(job: tuple[str, str], study: PlacementStudy) -> PlacementRun:
-    teacher, weights = job
+def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> PlacementRun:
+    name, teacher, weights, _ = member
     model, tokenizer = load(study.supernet, teacher, weights)
     n_layers = model.config.num_hidden_layers
     placements = all_placements(n_layers, study.max_budget)
     tables, full = {}, {}
     for split in SPLITS[1:]:
-        paper = exam(study.tasks, tokenizer, split, study.common.seed, SCORED)  # controls are no objective
+        names = (*SCORED, *SUB_AXES) if split == "test" else SCORED  # the others are no objective
+        paper = exam(study.tasks, tokenizer, split, study.common.seed, names)
         everything = tuple(range(n_layers))
         scores = evaluate(model, study.supernet.block, paper, [*placements, everything], f"placements, {split}")
         full[split] = scores.pop(everything)
         tables[split] = scores
-    return PlacementRun(teacher, n_layers, study.beam_width, tables, full)
+    return PlacementRun(name, teacher, n_layers, study.beam_width, tables, full)
 
 
 def search(study: PlacementStudy, teachers: list[str], weights_dir: str | Path) -> list[PlacementRun]:
-    """Score every placement of up to `max_budget` layers on the supernet of each teacher, side by side."""
-    jobs = [(teacher, str(Path(weights_dir) / f"paths_t{i}.safetensors")) for i, teacher in enumerate(teachers)]
-    return parallel_map(partial(_search, study=study), jobs, n_threads=study.common.n_threads)
+    """Score every placement of up to `max_budget` layers on each supernet of each teacher, side by side."""
+    every = members(study.supernet, teachers, weights_dir)
+    return parallel_map(partial(_search, study=study), every, n_threads=study.common.n_threads)

@@ -14,16 +14,18 @@ from jetlab.evaluate.suite import exam
 from jetlab.models import surgery
 from jetlab.parallel import parallel_map
 from jetlab.paths import replacing, require
+from jetlab.search.selectors import all_placements, evaluate, objective
 from jetlab.seeding import derive
-from jetlab.tasks import SCORED, build_tasks
+from jetlab.tasks import SCORED, SUB_AXES, build_tasks
 from jetlab.train.loop import file_digest
-from jetlab.train.paths import placement_kinds, random_law, train_paths
+from jetlab.train.paths import path_law, placement_kinds, train_paths
 
 
 @dataclass(frozen=True)
 class SupernetRun:
-    """A trained supernet: the teacher's folder, the file with the weights of the new paths, and the loss curve."""
+    """A trained supernet: its name (`members`), the teacher's folder, the weights of the new paths, and the loss curve."""
 
+    name: str
     teacher: str
     weights: str
     history: list[dict]
@@ -36,7 +38,7 @@ def build(study: SupernetStudy, teacher: str, seed: int) -> tuple[PreTrainedMode
     return surgery.wrap(model, study.block, study.dims.block(model.config.hidden_size)), tokenizer
 
 
-def train(study: SupernetStudy, teacher: str, weights: str, seed: int) -> SupernetRun:
+def train(study: SupernetStudy, name: str, teacher: str, weights: str, seed: int) -> SupernetRun:
     """Train one supernet and write the weights of its new paths to `weights`. The teacher's own weights do not move."""
     model, tokenizer = build(study, teacher, seed)
     training = study.training
@@ -44,24 +46,60 @@ def train(study: SupernetStudy, teacher: str, weights: str, seed: int) -> Supern
     history = train_paths(
         model,
         mixture,
-        random_law(model.config.num_hidden_layers, study.block, study.max_full, seed),
+        path_law(study.law, model.config.num_hidden_layers, study.block, study.max_full, seed),
         training,
-        label=f"supernet of teacher {Path(teacher).name}",
+        label=f"supernet {name}",
         resume_key=[study.model_dump(), seed, file_digest(Path(teacher) / "model.safetensors")],
+        measure=_checks(study, model, tokenizer),
     )
     with replacing(weights) as temporary:
         save_file({name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}, temporary)
-    return SupernetRun(teacher, weights, history)
+    return SupernetRun(name, teacher, weights, history)
 
 
-def _train(job: tuple[str, str, int], study: SupernetStudy) -> SupernetRun:
-    return train(study, *job)
+def _checks(study: SupernetStudy, model: PreTrainedModel, tokenizer):
+    """`n_checks` times on the way: {task}_all_linear, the accuracy, and with `check_budget` 1 {task}_layer{l}, the objective.
+
+    On split `select`, since no reported number may decide when training ends.
+    """
+    n_steps, n_layers = study.training.n_steps, model.config.num_hidden_layers
+    due = {max(1, round((i + 1) * n_steps / study.n_checks / 10)) * 10 for i in range(study.n_checks)}
+    paper = exam(study.tasks, tokenizer, "select", study.common.seed, SCORED) if study.n_checks else None
+
+    def check(step: int) -> dict[str, float]:
+        if step not in due and not (study.n_checks and step == n_steps):
+            return {}
+        table = evaluate(model, study.block, paper, all_placements(n_layers, study.check_budget), "check")
+        found = {f"{task}_all_linear": table[()][task].value for task in SCORED}
+        one = [(full, task) for full in table if full for task in SCORED]
+        return found | {f"{task}_layer{full[0]}": objective(table[full], task) for full, task in one}
+
+    return check
+
+
+def members(study: SupernetStudy, teachers: list[str], folder: str | Path) -> list[tuple[str, str, str, int]]:
+    """(name, teacher, file of weights, seed) of every supernet: t0, t1, … and with more seeds t0_s1, ….
+
+    Teacher i adds i to the seed, seed j adds 100 j.
+    """
+    found = []
+    for j in range(study.n_seeds):
+        for i, teacher in enumerate(teachers):
+            name = f"t{i}_s{j}" if j else f"t{i}"
+            found.append(
+                (name, teacher, str(Path(folder) / f"paths_{name}.safetensors"), study.common.seed + i + 100 * j)
+            )
+    return found
+
+
+def _train(member: tuple[str, str, str, int], study: SupernetStudy) -> SupernetRun:
+    return train(study, *member)
 
 
 def train_all(study: SupernetStudy, teachers: list[str], out_dir: str | Path) -> list[SupernetRun]:
-    """One supernet a teacher, each with a seed of its own, side by side: `out_dir`/paths_t0.safetensors, …"""
-    jobs = [(t, str(Path(out_dir) / f"paths_t{i}.safetensors"), study.common.seed + i) for i, t in enumerate(teachers)]
-    return parallel_map(partial(_train, study=study), jobs, n_threads=study.common.n_threads)
+    """`n_seeds` supernets a teacher, each with a seed of its own, side by side."""
+    every = members(study, teachers, out_dir)
+    return parallel_map(partial(_train, study=study), every, n_threads=study.common.n_threads)
 
 
 def load(study: SupernetStudy, teacher: str, weights: str | Path) -> tuple[PreTrainedModel, object]:
@@ -85,7 +123,7 @@ def difficulty_curve(study: SupernetStudy, model: PreTrainedModel, tokenizer, sp
     """
     n_layers = model.config.num_hidden_layers
     rows = []
-    for task in SCORED:
+    for task in (*SCORED, *SUB_AXES):
         sizes = study.tasks.sizes[task]
         varied = next(iter(sizes))
         for quarter in range(1, 5):

@@ -99,12 +99,13 @@ def fit(
     warmup: int = 20,
     clip: float = 1.0,
     log_every: int = 10,
+    measure: Callable[[int], dict[str, float]] | None = None,
     resume: Resume | None = None,
 ) -> list[dict]:
     """Train for `n_steps` steps; returns one record per `log_every` steps: step, mean loss and what `loss_at` adds.
 
     `loss_at(step)` returns the loss and numbers to log. The learning rates that the optimisers come with are peaks, which
-    `schedule` scales. Gradients are clipped to norm `clip`.
+    `schedule` scales. Gradients are clipped to norm `clip`. `measure(n)` after n steps, where a record is due, adds to it.
     Raises TrainingDiverged when the loss is not finite, with the step and the way out.
     """
     parameters = {name: p for name, p in named_parameters if p.requires_grad}
@@ -138,7 +139,7 @@ def fit(
                     f"{label}: the loss must be a finite number, got {mean} within steps {step + 2 - len(pending)} to "
                     f"{step + 1}; lower the learning rate (now at most {max(peaks):g}) or raise warmup (now {warmup})"
                 )
-            history.append({"step": step + 1, "loss": mean, **extra})
+            history.append({"step": step + 1, "loss": mean, **extra, **(measure(step + 1) if measure else {})})
             bar.update(len(pending), loss=mean)
             pending.clear()
             if resume is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS:

@@ -19,6 +19,7 @@ from jetlab.train.losses import distillation_loss, feature_loss
 
 Law = Callable[[int], LayerKinds]
 """From the number of a step to the architecture that it trains."""
+LAWS = ("coin", "fixed_k", "up_to_k", "sandwich")
 
 
 def placement_kinds(n_layers: int, full: tuple[int, ...], kind: str) -> LayerKinds:
@@ -29,12 +30,29 @@ def placement_kinds(n_layers: int, full: tuple[int, ...], kind: str) -> LayerKin
     return tuple("attention" if layer in full else kind for layer in range(n_layers))
 
 
-def random_law(n_layers: int, kind: str, max_full: int, seed: int) -> Law:
-    """Each step a number of full layers, uniform in 0 … `max_full`, then that many layers at random."""
+def path_law(name: str, n_layers: int, kind: str, max_full: int, seed: int) -> Law:
+    """How a step draws the full layers of its path; k is `max_full`. The paper draws one path a step, its law is not printed.
+
+    `coin`: each layer with probability k / n_layers, independently, so k on average. `fixed_k`: exactly k. `up_to_k`: a
+    number uniform in 0 … k, then that many. `sandwich` (after the rule of slimmable networks, arXiv:1903.05134, one of its
+    three a step instead of all): none, k, and up to k by turns.
+    Raises ValueError for another name.
+    """
+    if name not in LAWS:
+        raise ValueError(f"a law of paths must be one of {', '.join(LAWS)}, got {name!r}")
 
     def law(step: int) -> LayerKinds:
         draw = rng(seed, "path", step)
-        return placement_kinds(n_layers, tuple(draw.sample(range(n_layers), draw.randint(0, max_full))), kind)
+        match name:
+            case "coin":
+                full = [layer for layer in range(n_layers) if draw.random() < max_full / n_layers]
+            case "fixed_k":
+                full = draw.sample(range(n_layers), max_full)
+            case "up_to_k":
+                full = draw.sample(range(n_layers), draw.randint(0, max_full))
+            case "sandwich":
+                full = draw.sample(range(n_layers), (0, max_full, draw.randint(0, max_full))[step % 3])
+        return placement_kinds(n_layers, tuple(full), kind)
 
     return law
 
@@ -63,12 +81,14 @@ def train_paths(
     *,
     label: str,
     resume_key: object | None = None,
+    measure: Callable[[int], dict[str, float]] | None = None,
 ) -> list[dict]:
     """Train the linear paths of a wrapped model; everything else stays as it is, to the bit. Returns the loss curve.
 
     First `n_local` steps per layer on its own: mean_l ‖y_l − a_l‖² / ‖a_l‖², with a_l the attention's output and y_l the
     path's, both on the teacher's input of that layer. Then `n_steps` steps of the architecture that `law` gives:
-    `feature_weight` · mean_l ‖h_l − h_l^T‖² / ‖h_l^T‖² + Σ_tasks weight · KL(teacher ‖ student) at the answers.
+    `feature_weight` · mean_l ‖h_l − h_l^T‖² / ‖h_l^T‖² + `logit_weight` · Σ_tasks weight · KL(teacher ‖ student) at the
+    answers. A term of weight 0 is not computed. `measure(step)`, after logged steps end to end, adds to the curve.
     With a `resume_key` a run that was killed goes on where it was.
     """
     n_local = training.n_local
@@ -92,16 +112,18 @@ def train_paths(
 
     def end_to_end(step: int):
         batch = mixture.batch(n_local + step, difficulty(training.growth * training.n_steps, step)).to(device)
-        position, _, which = batch.targets()
         last_t, features_t, _ = teacher(batch)
         activate(model, law(step))
         last, features = forward(model, batch)
-        distance = torch.stack([feature_loss(s, t) for s, t in zip(features, features_t, strict=True)]).mean()
-        student, expected = (model.lm_head(h.flatten(0, 1)[position]) for h in (last, last_t))
-        divergence = distillation_loss(student, expected, which, training.weights)
-        return training.feature_weight * distance + divergence, {
-            "tokens": (n_local + step + 1) * mixture.tokens_per_step
-        }
+        loss = last.new_zeros(())
+        if training.feature_weight:
+            pairs = zip(features, features_t, strict=True)
+            loss = loss + training.feature_weight * torch.stack([feature_loss(s, t) for s, t in pairs]).mean()
+        if training.logit_weight:
+            position, _, which = batch.targets()
+            student, expected = (model.lm_head(h.flatten(0, 1)[position]) for h in (last, last_t))
+            loss = loss + training.logit_weight * distillation_loss(student, expected, which, training.weights)
+        return loss, {"tokens": (n_local + step + 1) * mixture.tokens_per_step}
 
     history, checkpoints = [], []
     for phase, loss_at, steps in (("local", local, n_local), ("end to end", end_to_end, training.n_steps)):
@@ -114,6 +136,7 @@ def train_paths(
             n_steps=steps,
             label=f"{label}, {phase}",
             warmup=training.warmup,
+            measure=measure if phase == "end to end" else None,
             resume=resume,
         )
         history.append((phase, part))
