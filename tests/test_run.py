@@ -68,7 +68,22 @@ def test_numbers_are_read_by_yaml_1_2_as_dvc_does(write):
     ]
 
 
-@pytest.mark.parametrize("text", ["variant", "=3", "a b=3", "a=[1"])
+def test_a_dotted_name_changes_one_value_of_a_section_and_leaves_the_rest(write, tmp_path):
+    notebook = write(
+        "from jetlab.track import Results\nResults(out_dir).metrics(seed=common['seed'], count=common['count'])"
+    )
+    values = dict([run.parse_value("common.seed=7")])
+    execute(notebook, tmp_path / "out", sections=["common"], values=values)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"seed": 7, "count": 10}
+
+
+@pytest.mark.parametrize("key", ["common.sede", "tasks.seed", "common.seed.deeper"])
+def test_a_dotted_name_that_names_nothing_is_refused(key, write, tmp_path):
+    with pytest.raises(run.RunError, match=rf"--set {key}=… names nothing that --params passes"):
+        execute(write(), tmp_path / "out", sections=["common"], values={key: 1})
+
+
+@pytest.mark.parametrize("text", ["variant", "=3", "a b=3", "a=[1", "a.=3"])
 def test_a_malformed_value_is_refused(text):
     with pytest.raises(run.RunError, match="--set"):
         run.parse_value(text)

@@ -162,11 +162,28 @@ class SupernetStudy(Study):
         return self
 
 
+Selector = Literal[
+    "single_layer", "beam", "greedy_add", "greedy_remove", "kl", "gates", "uniform", "random", "exhaustive"
+]
+
+
 class PlacementStudy(Study):
     supernet: SupernetStudy
     budget: Annotated[int, Field(ge=1, le=2)]  # full layers that later stages keep
     max_budget: Annotated[int, Field(ge=1, le=2)]  # budgets 1 … this are evaluated exhaustively
+    select_budget: Count  # selectors are asked for budgets 1 … this
+    selectors: Annotated[list[Selector], Field(min_length=1)]
     beam_width: Count
+    gate_steps: Count  # steps in which gates train
+    gate_learning_rate: Rate
+
+    @model_validator(mode="after")
+    def _kept_budget_is_evaluated(self) -> Self:
+        if self.budget > self.max_budget:
+            raise ValueError(
+                f"budget must be at most max_budget = {self.max_budget}, got {self.budget}; raise max_budget"
+            )
+        return self
 
 
 class HybridStudy(Study):

@@ -8,6 +8,7 @@ from jetlab.evaluate.generate import greedy, samples
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
 from jetlab.paths import ROOT
+from jetlab.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_decoding_stops_before_the_end_token(models, tokenizer):
 def test_every_task_and_model_has_its_rows(models, sizes, tokenizer):
     study = Tasks(seq_len=64, sizes=sizes, n_contexts={"search": 1, "select": 1, "test": 1}, n_questions=2)
     rows = samples(models, study, 2, 0)
-    assert len(rows) == 6 * 2 * 2
+    assert len(rows) == len(TASKS) * 2 * 2
     assert [row["model"] for row in rows[:4]] == ["teacher", "hybrid", "teacher", "hybrid"]
     for row in rows:
         assert list(row) == ["task", "context_tail", "prompt", "expected", "model", "generated", "right"]

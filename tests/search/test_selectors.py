@@ -12,6 +12,29 @@ from jetlab.search.selectors import all_placements, objective, random_mean, rank
 N_LAYERS = 8
 
 
+class Toy:
+    """A supernet whose scores are a function of the placement; 10 tokens a score, 3 where the objective is kl."""
+
+    n_layers = N_LAYERS
+
+    def __init__(self, score, divergence=None, gates=None):
+        self.score, self.divergence, self.trained = score, divergence, gates
+
+    def scores(self, placements, objective):
+        return {full: -self.divergence[full] if objective == "kl" else self.score(full) for full in placements}
+
+    def n_tokens(self, objective):
+        return 3 if objective == "kl" else 10
+
+    def gates(self, budget, objective):
+        return self.trained, 1000
+
+
+def choose(name, score, n_layers, budget, **options):
+    assert n_layers == N_LAYERS
+    return select(Toy(score), budget, "math", selector=name, **options)
+
+
 def random_score(seed):
     """A score without any structure: one number for each placement."""
     rng = np.random.default_rng(seed)
@@ -44,27 +67,27 @@ def interacting(full):
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_is_a_beam_of_width_one(seed, budget):
     score = random_score(seed)
-    assert select("greedy", score, N_LAYERS, budget) == select("beam", score, N_LAYERS, budget, width=1)
+    assert choose("greedy_add", score, N_LAYERS, budget) == choose("beam", score, N_LAYERS, budget, width=1)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(5))
 def test_exhaustive_search_finds_the_maximum_and_looks_at_everything(seed, budget):
     score = random_score(seed)
-    choice = select("exhaustive", score, N_LAYERS, budget)
+    choice = choose("exhaustive", score, N_LAYERS, budget)
     assert choice.value == max(score(full) for full in combinations(range(N_LAYERS), budget))
     assert choice.n_evaluated == comb(N_LAYERS, budget)
 
 
-@pytest.mark.parametrize("name", ["beam", "greedy", "single_layer", "exhaustive"])
+@pytest.mark.parametrize("name", ["beam", "greedy_add", "single_layer", "exhaustive"])
 def test_without_interaction_every_search_finds_the_best_layers(name):
-    assert [select(name, additive, N_LAYERS, k).placement for k in (1, 2, 3)] == [(3,), (3, 6), (0, 3, 6)]
+    assert [choose(name, additive, N_LAYERS, k).placement for k in (1, 2, 3)] == [(3,), (3, 6), (0, 3, 6)]
 
 
 def test_a_beam_finds_what_looking_at_single_layers_misses():
-    assert select("single_layer", interacting, N_LAYERS, 2).placement == (2, 7)
-    assert select("greedy", interacting, N_LAYERS, 2).placement == (2, 7)
-    beam, best = (select(name, interacting, N_LAYERS, 2, width=3) for name in ("beam", "exhaustive"))
+    assert choose("single_layer", interacting, N_LAYERS, 2).placement == (2, 7)
+    assert choose("greedy_add", interacting, N_LAYERS, 2).placement == (2, 7)
+    beam, best = (choose(name, interacting, N_LAYERS, 2, width=3) for name in ("beam", "exhaustive"))
     assert beam.placement == best.placement == (1, 4)
     assert beam.n_evaluated < best.n_evaluated
 
@@ -72,7 +95,7 @@ def test_a_beam_finds_what_looking_at_single_layers_misses():
 def test_a_beam_as_wide_as_the_model_sees_every_pair():
     for seed in range(5):
         score = random_score(seed)
-        beam, best = (select(name, score, N_LAYERS, 2, width=N_LAYERS) for name in ("beam", "exhaustive"))
+        beam, best = (choose(name, score, N_LAYERS, 2, width=N_LAYERS) for name in ("beam", "exhaustive"))
         assert beam.placement == best.placement
         assert beam.n_evaluated == N_LAYERS + comb(N_LAYERS, 2)
 
@@ -80,8 +103,8 @@ def test_a_beam_as_wide_as_the_model_sees_every_pair():
 @pytest.mark.parametrize("width", [1, 2, 3, 8])
 def test_a_beam_asks_for_eight_placements_then_seven_for_each_kept(width):
     score, asked = counted(random_score(0))
-    assert select("beam", score, N_LAYERS, 1, width=width).n_evaluated == 8
-    choice = select("beam", score, N_LAYERS, 2, width=width)
+    assert choose("beam", score, N_LAYERS, 1, width=width).n_evaluated == 8
+    choice = choose("beam", score, N_LAYERS, 2, width=width)
     # two kept layers share the pair of both, which is asked for once
     assert choice.n_evaluated == 8 + 7 * width - comb(width, 2)
     assert max(map(len, asked)) == 2
@@ -89,8 +112,8 @@ def test_a_beam_asks_for_eight_placements_then_seven_for_each_kept(width):
 
 @pytest.mark.parametrize("budget", [1, 2, 3])
 def test_single_layer_looks_at_single_layers_only_and_uniform_at_nothing(budget):
-    assert select("single_layer", random_score(1), N_LAYERS, budget).n_evaluated == 8
-    choice = select("uniform", random_score(1), N_LAYERS, budget)
+    assert choose("single_layer", random_score(1), N_LAYERS, budget).n_evaluated == 8
+    choice = choose("uniform", random_score(1), N_LAYERS, budget)
     assert choice.n_evaluated == 0 and choice.value == random_score(1)(choice.placement)
 
 
@@ -99,20 +122,58 @@ def test_the_uniform_rule_spreads_the_layers(budget, layers):
     assert uniform(8, budget) == layers
 
 
+def test_greedy_removal_keeps_what_it_cannot_do_without():
+    for k in (1, 2, 3):
+        assert (
+            choose("greedy_remove", additive, N_LAYERS, k).placement
+            == choose("exhaustive", additive, N_LAYERS, k).placement
+        )
+    # with all others there, 1 and 4 are worth most: removal finds the pair that adding layers one by one misses
+    choice = choose("greedy_remove", interacting, N_LAYERS, 2)
+    assert choice.placement == (1, 4)
+    assert choice.n_evaluated == 8 + 7 + 6 + 5 + 4 + 3
+
+
+def test_divergence_ranks_layers_whatever_the_task_and_is_paid_for_in_its_own_tokens():
+    divergence = {(layer,): abs(layer - 5) + 0.1 * layer for layer in range(N_LAYERS)}
+    choice = select(Toy(additive, divergence), 3, "math", selector="kl")
+    assert choice.placement == (4, 5, 6)
+    assert choice.value == additive((4, 5, 6))
+    assert (choice.n_evaluated, choice.n_tokens) == (8, 8 * 3)
+
+
+def test_the_largest_gates_are_chosen_and_their_training_is_the_cost():
+    choice = select(Toy(additive, gates=[0.1, 0.9, 0.0, 0.2, 0.8, 0.9, 0.1, 0.0]), 3, "math", selector="gates")
+    assert choice.placement == (1, 4, 5)
+    assert (choice.n_evaluated, choice.n_tokens) == (0, 1000)
+
+
+def test_random_draws_every_layer_and_depends_on_its_seed_alone():
+    drawn = [choose("random", additive, N_LAYERS, 2, seed=seed).placement for seed in range(40)]
+    assert drawn == [choose("random", additive, N_LAYERS, 2, seed=seed).placement for seed in range(40)]
+    assert {layer for full in drawn for layer in full} == set(range(N_LAYERS)) and len(set(drawn)) > 15
+
+
+def test_cost_counts_placements_and_the_tokens_that_they_read():
+    choice = choose("beam", random_score(0), N_LAYERS, 2, width=3)
+    assert choice.n_tokens == 10 * choice.n_evaluated
+    assert choose("uniform", random_score(0), N_LAYERS, 2).n_tokens == 0
+
+
 def test_ties_go_to_the_smaller_layers():
-    for name in ("beam", "greedy", "single_layer", "exhaustive"):
-        assert select(name, lambda full: 0.0, N_LAYERS, 2).placement == (0, 1)
+    for name in ("beam", "greedy_add", "single_layer", "exhaustive"):
+        assert choose(name, lambda full: 0.0, N_LAYERS, 2).placement == (0, 1)
 
 
 @pytest.mark.parametrize("budget", [0, 9, -1])
 def test_a_budget_that_does_not_fit_is_refused(budget):
     with pytest.raises(ValueError, match=rf"budget must be 1 … 8 full layers, got {budget}"):
-        select("beam", additive, N_LAYERS, budget)
+        select(Toy(additive), budget, "math")
 
 
 def test_an_unknown_selector_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="beam, greedy, single_layer, exhaustive or uniform, got 'best'"):
-        select("best", additive, N_LAYERS, 1)
+    with pytest.raises(ValueError, match=r"single_layer, beam, greedy_add, .* exhaustive, got 'best'"):
+        choose("best", additive, N_LAYERS, 1)
 
 
 def test_all_placements_up_to_two_layers_are_thirty_seven():

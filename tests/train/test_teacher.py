@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from jetlab.data.packing import Mixture
+from jetlab.models import surgery
+from jetlab.paths import ROOT
 from jetlab.train.loop import Resume
-from jetlab.train.teacher import teacher_config, train_teacher
+from jetlab.train.teacher import take_over, teacher_config, train_teacher
 
 
 def train(tasks, tokenizer, n_steps=40, seed=0, **options):
@@ -15,7 +19,7 @@ def train(tasks, tokenizer, n_steps=40, seed=0, **options):
     mixture = Mixture(tasks, {"retrieval": 4, "text": 1}, tokenizer, 48, seed)
     return train_teacher(
         config, mixture, seed=seed, n_steps=n_steps, learning_rate=1e-2, muon_learning_rate=1e-2, warmup=5,
-        weights={"text": 0.5}, **options,
+        weights={"text": 0.5}, growth=0.4, **options,
     )  # fmt: skip
 
 
@@ -52,3 +56,31 @@ def test_the_model_comes_back_ready_to_use(run):
 def test_workers_and_resume_exclude_each_other(tasks, tokenizer):
     with pytest.raises(ValueError, match="cannot resume: set n_workers to 0"):
         train(tasks, tokenizer, n_steps=1, n_workers=1, resume=Resume("teacher", "test"))
+
+
+def test_training_goes_on_from_the_weights_of_a_folder(run, tasks, tokenizer, tmp_path):
+    run[0].save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    _, again = train(tasks, tokenizer, n_steps=20, start=tmp_path)
+    assert again[0]["loss"] < run[1][0]["loss"] - 0.3  # the mean of the first 20 steps: it begins where the other ended
+
+
+def test_tokens_that_a_folder_lacks_keep_their_own_embedding(tokenizer):
+    model, known = surgery.load(ROOT / "assets/teacher/0")
+    start = model.model.embed_tokens.weight.detach().clone()
+    longer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    longer.add_tokens([" newcomer"])
+    config = teacher_config(
+        vocab_size=len(longer), d_model=64, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=192, pad_token_id=0
+    )
+    other = Qwen2ForCausalLM(config)
+    own = other.model.embed_tokens.weight.detach().clone()
+    take_over(other, longer, ROOT / "assets/teacher/0")
+    after = other.model.embed_tokens.weight
+    assert torch.equal(after[: len(known)], start) and torch.equal(after[-1], own[-1])
+    assert torch.equal(other.model.layers[3].mlp.up_proj.weight, model.model.layers[3].mlp.up_proj.weight)
+
+
+def test_a_folder_of_another_width_is_refused(tasks, tokenizer):
+    with pytest.raises(ValueError, match=r"another width than teacher\.training\.d_model = 16"):
+        train(tasks, tokenizer, n_steps=1, start=ROOT / "assets/teacher/0")

@@ -1,18 +1,23 @@
-"""The placement study on one supernet: every placement of a few layers scored on three splits, and read by every selector.
+"""The placement study on one supernet: placements of a few layers scored on three splits, and read by every selector.
 
 Split `search` is what selectors see, `select` decides the placement that later stages keep, `test` is what is reported.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from jetlab.config import PlacementStudy
+from jetlab.data.packing import Mixture
+from jetlab.evaluate.divergence import text_divergence, token_rows
 from jetlab.evaluate.suite import Score, exam, paired_difference
 from jetlab.parallel import parallel_map
+from jetlab.search.gates import train_gates
 from jetlab.search.selectors import (
     Placement,
     ScoreTable,
@@ -20,87 +25,184 @@ from jetlab.search.selectors import (
     evaluate,
     objective,
     random_mean,
+    rank_correlation,
     select,
     uniform,
 )
 from jetlab.search.supernet import load, members
-from jetlab.tasks import SCORED, SPLITS, SUB_AXES
+from jetlab.tasks import SCORED, SPLITS, SUB_AXES, build_tasks
+from jetlab.train.paths import placement_kinds
 
-SELECTORS = ("beam", "greedy", "single_layer", "uniform", "exhaustive")
+OBJECTIVES = (*SCORED, "all")
+N_DRAWS = 16  # random placements that stand for all where not all are evaluated
+
+
+@dataclass
+class Scored:
+    """A supernet on one split, as selectors see it: every score is looked up.
+
+    `table` maps placement to {task: Score}, `divergence` placement to KL on text in nats a token, `tokens` objective to
+    the tokens of one score. Raises ValueError for a placement that is not in the table, and for gates.
+    """
+
+    n_layers: int
+    table: ScoreTable
+    ceilings: dict[str, float]
+    divergence: dict[Placement, float]
+    tokens: dict[str, int]
+
+    def scores(self, placements: Iterable[Placement], task: str) -> dict[Placement, float]:
+        if task == "kl":
+            return {full: -self.divergence[full] for full in placements}
+        if missing := [full for full in placements if full not in self.table]:
+            raise ValueError(f"placement {missing[0]} is not among those evaluated; raise placement.max_budget")
+        return {full: objective(self.table[full], task, self.ceilings) for full in placements}
+
+    def n_tokens(self, task: str) -> int:
+        return sum(self.tokens[name] for name in SCORED) if task == "all" else self.tokens[task]
+
+    def gates(self, budget: int, task: str) -> tuple[Sequence[float], int]:
+        raise ValueError("gates train on the supernet itself, of which only scores are here; leave out selector gates")
+
+
+@dataclass
+class Live(Scored):
+    """The same with the supernet at hand: what is missing is evaluated, and gates can be trained."""
+
+    model: PreTrainedModel
+    tokenizer: object
+    study: PlacementStudy
+    paper: object
+    seed: int
+
+    def scores(self, placements: Iterable[Placement], task: str) -> dict[Placement, float]:
+        placements = list(placements)
+        if missing := [full for full in placements if task != "kl" and full not in self.table]:
+            self.table |= evaluate(self.model, self.study.supernet.block, self.paper, missing, "placements, on the way")
+        return super().scores(placements, task)
+
+    def gates(self, budget: int, task: str) -> tuple[Sequence[float], int]:
+        study, training = self.study, self.study.supernet.training
+        rows = {name: n for name, n in training.rows.items() if name in SCORED and task in ("all", name)}
+        tasks, seq_len = build_tasks(study.tasks.sizes), study.tasks.seq_len
+        mixture = Mixture(tasks, rows, self.tokenizer, seq_len, self.seed + 1)  # rows that the supernet has not seen
+        run = train_gates(
+            self.model,
+            mixture,
+            budget=budget,
+            linear=study.supernet.block,
+            n_steps=study.gate_steps,
+            learning_rate=study.gate_learning_rate,
+            label=f"gates, {task}, {budget}",
+        )
+        return run.gates, run.n_tokens
 
 
 @dataclass(frozen=True)
 class PlacementRun:
-    """All that the tables of one supernet say: `name` as in `supernet.members`.
+    """All that one supernet says: `name` and seed as in `supernet.members`.
 
-    `tables` maps split to {placement: {task: Score}}, `full` to the teacher's own.
+    `tables` maps split to {placement: {task: Score}}, `full` to the teacher's own; `max_budget` is the largest budget of
+    which every placement is in the tables. `choices` has a row for each objective, budget and selector.
     """
 
     name: str
     teacher: str
     n_layers: int
+    max_budget: int
     beam_width: int
     tables: dict[str, ScoreTable]
     full: dict[str, dict[str, Score]]
+    divergence: dict[Placement, float]
+    tokens: dict[str, int]
+    choices: list[dict]
 
-    @property
-    def max_budget(self) -> int:
-        return max(map(len, self.tables["test"]))
-
-    def _score(self, split: str, task: str):
+    def on(self, split: str) -> Scored:
+        """The supernet on a split, as selectors see it."""
         ceilings = {name: score.value for name, score in self.full[split].items()}
-        return lambda full: objective(self.tables[split][full], task, ceilings)
+        return Scored(self.n_layers, self.tables[split], ceilings, self.divergence, self.tokens)
 
     def found(self, task: str, budget: int) -> Placement:
         """What beam search chooses for one task, on split `search`."""
-        return select("beam", self._score("search", task), self.n_layers, budget, width=self.beam_width).placement
+        return select(self.on("search"), budget, task, width=self.beam_width).placement
 
     def common(self, budget: int) -> Placement:
         """One placement for all: beam search on the mean of the normalised scores, on split `select`."""
-        return select("beam", self._score("select", "all"), self.n_layers, budget, width=self.beam_width).placement
+        return select(self.on("select"), budget, "all", width=self.beam_width).placement
+
+    def layer_map(self, task: str) -> list[float]:
+        """The objective with one layer full, on split `search`, layer by layer (Fig 5a); "kl": minus the divergence."""
+        singles = [(layer,) for layer in range(self.n_layers)]
+        return list(self.on("search").scores(singles, task).values())
 
     def importance(self) -> list[dict]:
-        """Fig 5a: the objective with one layer full, on split `search`, beside that of no full layer."""
-        rows = []
-        for task in SCORED:
-            score = self._score("search", task)
-            rows += [
-                {"task": task, "layer": layer, "score": score((layer,)), "all_linear": score(())}
-                for layer in range(self.n_layers)
-            ]
-        return rows
+        """`layer_map` of every scored task and of the divergence, beside the score of no full layer."""
+        return [
+            {"task": task, "layer": layer, "score": score, "all_linear": self.on("search").scores([()], task)[()]}
+            for task in (*SCORED, "kl")
+            for layer, score in enumerate(self.layer_map(task))
+        ]
 
     def selectors(self) -> list[dict]:
-        """Each selector's choice on split `search`, how many placements it looked at, and its regret on split `test`.
+        """Each selector's choice on split `search`, what it cost, and its regret on split `test`.
 
         Regret is the test score of the placement that an exhaustive search would choose less that of the one chosen; it
-        can fall below zero, since both were chosen on other examples. `all` is the mean of the normalised scores.
+        can fall below zero, since both were chosen on other examples, and is None where not every placement of the budget
+        is evaluated. `all` is the mean of the normalised scores. The row of `random` is the mean over all placements, or
+        over those drawn, with their standard deviation as `spread`.
         """
         rows = []
-        for task in (*SCORED, "all"):
-            seen, kept = self._score("search", task), self._score("test", task)
-            for budget in range(1, self.max_budget + 1):
-                choices = {s: select(s, seen, self.n_layers, budget, width=self.beam_width) for s in SELECTORS}
-                optimum = kept(choices["exhaustive"].placement)
-                rows += [
-                    {
-                        "task": task,
-                        "budget": budget,
-                        "selector": name,
-                        "layers": " ".join(map(str, choice.placement)),
-                        "regret": optimum - kept(choice.placement),
-                        "forward_passes": choice.n_evaluated,
-                    }
-                    for name, choice in choices.items()
-                ]
+        kept = self.on("test")
+        for row in self.choices:
+            task, budget = row["task"], row["budget"]
+            if row["selector"] == "random":
+                pool = kept.scores([full for full in kept.table if len(full) == budget], task).values()
+                value, spread, layers = float(np.mean(list(pool))), float(np.std(list(pool))), ""
+            else:
+                value, spread, layers = kept.scores([row["layers"]], task)[row["layers"]], None, row["layers"]
+            regret = None
+            if budget <= self.max_budget:
+                best = select(self.on("search"), budget, task, selector="exhaustive").placement
+                regret = kept.scores([best], task)[best] - value
+            rows.append(
+                {
+                    "task": task,
+                    "budget": budget,
+                    "selector": row["selector"],
+                    "layers": " ".join(map(str, layers)),
+                    "value": value,
+                    "spread": spread,
+                    "regret": regret,
+                    "forward_passes": row["forward_passes"],
+                    "tokens": row["tokens"],
+                }
+            )
         return rows
 
-    def pairs(self, task: str, split: str = "test") -> np.ndarray:
-        """[layer, layer] scores of every pair of full layers, on the diagonal of single layers; NaN where not evaluated."""
-        score, layers = self._score(split, task), range(self.n_layers)
-        known = self.tables[split]
-        both = [[tuple(sorted({a, b})) for b in layers] for a in layers]
-        return np.array([[score(full) if full in known else np.nan for full in row] for row in both])
+    def pairs(self) -> list[dict]:
+        """Every pair of full layers on split `test`, by task: its objective, and its interaction with standard error.
+
+        The interaction s(a, b) − s(a) − s(b) + s(∅) is 0 where a pair is worth the sum of its parts; over contexts, of
+        accuracies, for knowledge of minus the loss.
+        """
+        test, rows = self.tables["test"], []
+        for task in SCORED:
+            by_context = {full: _per_context(scores[task]) for full, scores in test.items() if len(full) <= 2}
+            for a, b in combinations(range(self.n_layers), 2):
+                if (a, b) not in by_context:
+                    continue
+                parts = by_context[a, b] - by_context[a,] - by_context[b,] + by_context[()]
+                rows.append(
+                    {
+                        "task": task,
+                        "first": a,
+                        "second": b,
+                        "score": float(by_context[a, b].mean()),
+                        "interaction": float(parts.mean()),
+                        "interaction_se": float(parts.std(ddof=1) / len(parts) ** 0.5) if len(parts) > 1 else 0.0,
+                    }
+                )
+        return rows
 
     def estimates(self) -> list[tuple[str, float, float, int]]:
         """(key, value, standard error, contexts) on split `test`, keys `{task}_k{budget}_{what}`; accuracies.
@@ -119,25 +221,43 @@ class PlacementRun:
             }
             rows += [(f"{axis}_k{budget}_{what}", s.value, s.se, len(s.correct)) for what, s in scores.items()]
             rows.append((f"{axis}_k{budget}_random", *random_mean(test, axis, budget)))
-        for task in SCORED:
-            for budget in range(1, self.max_budget + 1):
-                key = f"{task}_k{budget}"
-                search = self._score("search", task)
-                best = select("exhaustive", search, self.n_layers, budget).placement
-                scores = {
-                    "found": test[self.found(task, budget)][task],
-                    "common": test[self.common(budget)][task],
-                    "uniform": test[uniform(self.n_layers, budget)][task],
-                    "exhaustive": test[best][task],
-                    "all_linear": test[()][task],
-                    "teacher": self.full["test"][task],
-                }
-                rows += [(f"{key}_{what}", s.value, s.se, len(s.correct)) for what, s in scores.items()]
-                rows.append((f"{key}_random", *random_mean(test, task, budget)))
-                rows.append((f"{key}_found_minus_uniform", *paired_difference(scores["found"], scores["uniform"])))
-                others = [s[task].correct for full, s in test.items() if len(full) == budget]
-                rows.append((f"{key}_found_minus_random", *_paired(scores["found"].correct, np.mean(others, axis=0))))
+        for task, budget in product(SCORED, range(1, self.max_budget + 1)):
+            key = f"{task}_k{budget}"
+            best = select(self.on("search"), budget, task, selector="exhaustive").placement
+            scores = {
+                "found": test[self.found(task, budget)][task],
+                "common": test[self.common(budget)][task],
+                "uniform": test[uniform(self.n_layers, budget)][task],
+                "exhaustive": test[best][task],
+                "all_linear": test[()][task],
+                "teacher": self.full["test"][task],
+            }
+            rows += [(f"{key}_{what}", s.value, s.se, len(s.correct)) for what, s in scores.items()]
+            rows.append((f"{key}_random", *random_mean(test, task, budget)))
+            rows.append((f"{key}_found_minus_uniform", *paired_difference(scores["found"], scores["uniform"])))
+            others = [s[task].correct for full, s in test.items() if len(full) == budget]
+            rows.append((f"{key}_found_minus_random", *_paired(scores["found"].correct, np.mean(others, axis=0))))
         return rows
+
+
+def agreement(runs: Sequence[PlacementRun]) -> list[dict]:
+    """Spearman's ρ of the one-layer maps of every two supernets, by task: of other teachers or of other seeds."""
+    return [
+        {
+            "task": task,
+            "a": a.name,
+            "b": b.name,
+            "same_teacher": int(a.teacher == b.teacher),
+            "spearman": rank_correlation(a.layer_map(task), b.layer_map(task)),
+            "n_layers": a.n_layers,
+        }
+        for a, b in combinations(runs, 2)
+        for task in (*SCORED, "kl")
+    ]
+
+
+def _per_context(score: Score) -> np.ndarray:
+    return -score.loss if score.task == "knowledge" else score.correct
 
 
 def _paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float, int]:
@@ -145,20 +265,70 @@ def _paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float, int]:
     return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5), len(difference)
 
 
+def _n_tokens(study: PlacementStudy, tokenizer, split: str) -> dict[str, int]:
+    """Tokens that one placement's score reads, by task: each context once, each question with its answers."""
+    tasks, found = build_tasks(study.tasks.sizes), {}
+    for name in SCORED:
+        examples = tasks[name].examples(split, study.tasks.n_contexts[split], study.common.seed)
+        texts = [e.context for e in examples]
+        texts += [q.prompt + q.answer for e in examples for q in e.questions[: study.tasks.n_questions]]
+        found[name] = sum(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
+    return found
+
+
 def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> PlacementRun:
-    name, teacher, weights, _ = member
+    name, teacher, weights, seed = member
     model, tokenizer = load(study.supernet, teacher, weights)
-    n_layers = model.config.num_hidden_layers
-    placements = all_placements(n_layers, study.max_budget)
-    tables, full = {}, {}
+    n_layers, block = model.config.num_hidden_layers, study.supernet.block
+    placements, everything = all_placements(n_layers, study.max_budget), tuple(range(n_layers))
+    papers, tables, full = {}, {}, {}
     for split in SPLITS[1:]:
         names = (*SCORED, *SUB_AXES) if split == "test" else SCORED  # the others are no objective
-        paper = exam(study.tasks, tokenizer, split, study.common.seed, names)
-        everything = tuple(range(n_layers))
-        scores = evaluate(model, study.supernet.block, paper, [*placements, everything], f"placements, {split}")
+        papers[split] = exam(study.tasks, tokenizer, split, study.common.seed, names)
+        scores = evaluate(model, block, papers[split], [*placements, everything], f"placements, {split}")
         full[split] = scores.pop(everything)
         tables[split] = scores
-    return PlacementRun(name, teacher, n_layers, study.beam_width, tables, full)
+    texts = token_rows(
+        build_tasks(study.tasks.sizes)["text"], tokenizer, "search", study.tasks.n_contexts["search"], study.common.seed
+    )
+    kinds = {p: placement_kinds(n_layers, p, block) for p in all_placements(n_layers, 1)}
+    divergence = text_divergence(model, texts, kinds.values(), placement_kinds(n_layers, everything, block))
+    by_placement = {p: float(divergence[architecture].mean()) for p, architecture in kinds.items()}
+    tokens = _n_tokens(study, tokenizer, "search") | {"kl": sum(map(len, texts))}
+    ceilings = {task: score.value for task, score in full["search"].items()}
+    live = Live(
+        n_layers,
+        dict(tables["search"]),
+        ceilings,
+        by_placement,
+        tokens,
+        model,
+        tokenizer,
+        study,
+        papers["search"],
+        seed,
+    )
+    choices = []
+    for task, budget, selector in product(OBJECTIVES, range(1, study.select_budget + 1), study.selectors):
+        choice = select(live, budget, task, selector=selector, width=study.beam_width)
+        choices.append(
+            {
+                "task": task,
+                "budget": budget,
+                "selector": selector,
+                "layers": choice.placement,
+                "forward_passes": choice.n_evaluated,
+                "tokens": choice.n_tokens,
+            }
+        )
+    wanted = {choice["layers"] for choice in choices}
+    for budget in range(study.max_budget + 1, study.select_budget + 1):
+        wanted |= {select(live, budget, "all", selector="random", seed=draw).placement for draw in range(N_DRAWS)}
+    if missing := sorted(wanted - set(tables["test"])):
+        tables["test"] |= evaluate(model, block, papers["test"], missing, "placements, chosen")
+    return PlacementRun(
+        name, teacher, n_layers, study.max_budget, study.beam_width, tables, full, by_placement, tokens, choices
+    )
 
 
 def search(study: PlacementStudy, teachers: list[str], weights_dir: str | Path) -> list[PlacementRun]:

@@ -1,17 +1,19 @@
-"""Which layers keep full attention: every selector sees a placement only through its score and counts what it asks for.
+"""Which layers keep full attention: every selector sees a supernet only through `Supernet` and counts what it asks for.
 
 A placement is the sorted tuple of the full layers, counted from 0. Placements of up to two layers can all be evaluated
 at the laptop's depth, so that each selector's regret against the exhaustive optimum is known exactly.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from jetlab.evaluate.suite import Exam, Score, normalised, standard_error
+from jetlab.seeding import rng
 from jetlab.tasks import SCORED, TASKS
 from jetlab.train.paths import placement_kinds
 
@@ -19,13 +21,34 @@ Placement = tuple[int, ...]
 ScoreTable = dict[Placement, dict[str, Score]]
 
 
+SELECTORS = (
+    "single_layer", "beam", "greedy_add", "greedy_remove", "kl", "gates", "uniform", "random", "exhaustive"
+)  # fmt: skip
+
+
+class Supernet(Protocol):
+    """What a selector may ask. An objective is a scored task, "all" of them, or "kl", minus the divergence on plain text."""
+
+    n_layers: int
+
+    def scores(self, placements: Iterable[Placement], objective: str) -> dict[Placement, float]:
+        """What a search maximises, for each placement."""
+
+    def n_tokens(self, objective: str) -> int:
+        """Tokens that are read to score one placement."""
+
+    def gates(self, budget: int, objective: str) -> tuple[Sequence[float], int]:
+        """A gate for each layer, trained with all weights frozen, and the tokens of their training."""
+
+
 @dataclass(frozen=True)
 class Choice:
-    """What a selector chose, its score under the objective, and how many placements it looked at (forward passes)."""
+    """What a selector chose, its score under the objective, and the cost: placements looked at and tokens read."""
 
     placement: Placement
     value: float
     n_evaluated: int
+    n_tokens: int
 
 
 def all_placements(n_layers: int, max_budget: int) -> list[Placement]:
@@ -55,44 +78,59 @@ def objective(scores: dict[str, Score], task: str, ceilings: dict[str, float] | 
     return scores[task].neg_loss if TASKS[task].objective == "neg_loss" else scores[task].value
 
 
-def select(name: str, score: Callable[[Placement], float], n_layers: int, budget: int, *, width: int = 3) -> Choice:
-    """Choose `budget` full layers by the selector `name`; ties go to the smaller layers.
+def select(
+    supernet: Supernet, budget: int, objective: str, *, selector: str = "beam", width: int = 3, seed: int = 0
+) -> Choice:
+    """Choose `budget` full layers for an objective; ties go to the smaller layers.
 
-    `beam` grows placements layer by layer and keeps the best `width` (the paper's, Sec 2.2); `greedy` is width 1;
-    `single_layer` takes the best layers of the one-layer map (Fig 5a); `uniform` looks at nothing; `exhaustive` at all.
-    Raises ValueError for an unknown name or a budget that does not fit.
+    `beam` grows placements layer by layer and keeps the best `width` (the paper's, Sec 2.2); `greedy_add` is width 1;
+    `greedy_remove` starts from all layers full and gives up the cheapest; `single_layer` takes the best layers of the
+    one-layer map (Fig 5a); `kl` those of the one-layer map of divergence on text, whatever the objective (KL-LS,
+    arXiv:2512.20569); `gates` the largest gates; `uniform` and `random` (by `seed`) look at nothing, `exhaustive` at all.
+    The score of the choice itself is not counted as cost.
+    Raises ValueError for an unknown selector or a budget that does not fit.
     """
+    if selector not in SELECTORS:
+        raise ValueError(f"a selector must be one of {', '.join(SELECTORS)}, got {selector!r}")
+    n_layers = supernet.n_layers
     if not 1 <= budget <= n_layers:
         raise ValueError(f"budget must be 1 … {n_layers} full layers, got {budget}")
+    what = "kl" if selector == "kl" else objective
     seen: dict[Placement, float] = {}
-
-    def ask(full: Placement) -> float:
-        if full not in seen:
-            seen[full] = score(full)
-        return seen[full]
+    n_trained = 0
 
     def best(candidates: Iterable[Placement], n: int) -> list[Placement]:
-        return sorted(candidates, key=lambda full: (-ask(full), full))[:n]
+        candidates = sorted(set(candidates))
+        if new := [full for full in candidates if full not in seen]:
+            seen.update(supernet.scores(new, what))
+        return sorted(candidates, key=lambda full: (-seen[full], full))[:n]
 
-    match name:
-        case "beam" | "greedy":
+    match selector:
+        case "beam" | "greedy_add":
             beam: list[Placement] = [()]
             for _ in range(budget):
-                grown = {
+                grown = [
                     tuple(sorted((*full, layer))) for full in beam for layer in range(n_layers) if layer not in full
-                }
-                beam = best(sorted(grown), width if name == "beam" else 1)
+                ]
+                beam = best(grown, width if selector == "beam" else 1)
             chosen = beam[0]
-        case "single_layer":
+        case "greedy_remove":
+            chosen = tuple(range(n_layers))
+            while len(chosen) > budget:
+                chosen = best(combinations(chosen, len(chosen) - 1), 1)[0]
+        case "single_layer" | "kl":
             chosen = tuple(sorted(full[0] for full in best([(layer,) for layer in range(n_layers)], budget)))
+        case "gates":
+            gates, n_trained = supernet.gates(budget, objective)
+            chosen = tuple(sorted(sorted(range(n_layers), key=lambda layer: (-gates[layer], layer))[:budget]))
         case "exhaustive":
             chosen = best(combinations(range(n_layers), budget), 1)[0]
         case "uniform":
             chosen = uniform(n_layers, budget)
-        case _:
-            raise ValueError(f"a selector must be beam, greedy, single_layer, exhaustive or uniform, got {name!r}")
-    n_evaluated = len(seen)
-    return Choice(chosen, score(chosen), n_evaluated)
+        case "random":
+            chosen = tuple(sorted(rng(seed, "random placement", budget).sample(range(n_layers), budget)))
+    n_tokens = len(seen) * supernet.n_tokens(what) + n_trained if seen else n_trained
+    return Choice(chosen, supernet.scores([chosen], objective)[chosen], len(seen), n_tokens)
 
 
 def random_mean(table: ScoreTable, task: str, budget: int) -> tuple[float, float, int]:

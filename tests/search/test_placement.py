@@ -1,0 +1,83 @@
+"""Specification of the placement study's tables: interactions, regret, agreement, and what cannot be looked up."""
+
+import numpy as np
+import pytest
+
+from jetlab.evaluate.suite import Score
+from jetlab.search.placement import PlacementRun, Scored, agreement
+from jetlab.search.selectors import all_placements
+from jetlab.tasks import SCORED, SUB_AXES
+
+N_LAYERS = 4
+WORTH = {0: 0.05, 1: 0.1, 2: 0.3, 3: 0.0}
+
+
+def table(shift=0.0, n_contexts=6):
+    """Accuracy is the sum of what layers are worth, and layers 0 and 1 together bring 0.2 more."""
+    noise = np.linspace(-0.01, 0.01, n_contexts)
+    found = {}
+    for full in all_placements(N_LAYERS, 2):
+        value = 0.3 + shift + sum(WORTH[layer] for layer in full) + 0.2 * (full == (0, 1))
+        found[full] = {
+            name: Score(name, "accuracy", 0.1, value + noise, 1 - value - noise, n_contexts)
+            for name in (*SCORED, *SUB_AXES)
+        }
+    return found
+
+
+def run(name="t0", teacher="a", order=1, choices=()):
+    full = {task: Score(task, "accuracy", 0.1, np.ones(6), np.zeros(6), 6) for task in (*SCORED, *SUB_AXES)}
+    tables = {split: table(shift) for split, shift in (("search", 0.0), ("select", 0.0), ("test", 0.01))}
+    divergence = {(): 1.0} | {(layer,): 1 - order * 0.1 * layer for layer in range(N_LAYERS)}
+    splits = dict.fromkeys(tables, full)
+    return PlacementRun(
+        name, teacher, N_LAYERS, 2, 2, tables, splits, divergence, dict.fromkeys(SCORED, 5), list(choices)
+    )
+
+
+def test_a_pair_is_worth_its_parts_unless_its_layers_need_each_other():
+    rows = {(r["task"], r["first"], r["second"]): r for r in run().pairs()}
+    assert len(rows) == len(SCORED) * 6
+    for (_, a, b), row in rows.items():
+        assert row["interaction"] == pytest.approx(0.2 if (a, b) == (0, 1) else 0.0, abs=1e-12)
+        assert row["interaction_se"] == pytest.approx(0.0, abs=1e-12)  # the noise of a context is in all four terms
+
+
+def test_regret_is_what_the_exhaustive_choice_scores_more_on_test():
+    choices = [
+        {"task": "math", "budget": 2, "selector": "beam", "layers": (0, 1), "forward_passes": 4, "tokens": 20},
+        {"task": "math", "budget": 1, "selector": "uniform", "layers": (3,), "forward_passes": 0, "tokens": 0},
+        {"task": "math", "budget": 1, "selector": "random", "layers": (1,), "forward_passes": 0, "tokens": 0},
+    ]
+    beam, uniform, random = run(choices=choices).selectors()
+    assert beam["regret"] == pytest.approx(0.4 - 0.35)  # the best pair is (1, 2)
+    assert uniform["regret"] == pytest.approx(0.3) and uniform["layers"] == "3"
+    worth = list(WORTH.values())
+    assert random["regret"] == pytest.approx(0.3 - np.mean(worth)) and random["spread"] == pytest.approx(np.std(worth))
+
+
+def test_estimates_hold_all_six_placements_of_each_task_and_budget():
+    keys = {key for key, *_ in run().estimates()}
+    names = ("found", "uniform", "random", "all_linear", "teacher", "exhaustive")
+    assert {f"{task}_k{k}_{name}" for task in SCORED for k in (1, 2) for name in names} <= keys
+
+
+def test_two_supernets_agree_as_far_as_their_maps_rank_layers_alike():
+    rows = agreement([run("t0", "a"), run("t1", "b"), run("t0_s1", "a", order=-1)])
+    found = {(r["a"], r["b"], r["task"]): r for r in rows}
+    assert len(rows) == 3 * (len(SCORED) + 1)
+    assert (
+        found["t0", "t1", "math"]["spearman"] == pytest.approx(1.0) and found["t0", "t1", "math"]["same_teacher"] == 0
+    )
+    assert (
+        found["t0", "t0_s1", "kl"]["spearman"] == pytest.approx(-1.0)
+        and found["t0", "t0_s1", "kl"]["same_teacher"] == 1
+    )
+
+
+def test_what_was_not_evaluated_cannot_be_looked_up():
+    seen = Scored(N_LAYERS, table(), {}, {}, {})
+    with pytest.raises(ValueError, match=r"placement \(0, 1, 2\) is not among those evaluated; raise"):
+        seen.scores([(0, 1, 2)], "math")
+    with pytest.raises(ValueError, match="leave out selector gates"):
+        seen.gates(1, "math")
