@@ -8,7 +8,7 @@ import torch
 
 from jetlab import paths
 from jetlab.seeding import derive, generator, rng, seed_everything
-from jetlab.track import MAX_METRICS, Results
+from jetlab.track import MAX_METRICS, Results, recorded
 
 
 def lines(path: Path) -> list[str]:
@@ -152,3 +152,14 @@ def test_seed_everything_seeds_all_three_libraries():
     assert draw() == draw()
     with pytest.raises(ValueError, match=r"got -1; try 4294967295"):
         seed_everything(-1)
+
+
+def test_a_record_is_shown_where_it_is_complete_and_else_the_own_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jetlab.track.resolve", lambda path: tmp_path / path)
+    folder = tmp_path / "records/gpu/03"
+    folder.mkdir(parents=True)
+    assert recorded("gpu/03", "own").dir == tmp_path / "own"
+    assert "short run made here" in capsys.readouterr().out
+    (folder / "command.txt").write_text("python -m jetlab.run\n")
+    assert recorded("gpu/03", "own").dir == folder
+    assert "committed record" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The same work for several inputs, in processes of one thread each: at the study's sizes two processes beat two threads."""
 
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
@@ -18,16 +19,22 @@ def _start(n_threads: int) -> None:
     torch.set_num_threads(n_threads)
 
 
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parallel_map(
-    function: Callable[[In], Out], inputs: Sequence[In], *, n_workers: int = 2, n_threads: int = 1
+    function: Callable[[In], Out], inputs: Sequence[In], *, n_workers: int | None = None, n_threads: int = 1
 ) -> list[Out]:
     """`[function(x) for x in inputs]` in up to `n_workers` fresh processes, in order; in this one for a single input.
 
+    By default as many as the cores of this process hold at `n_threads` each, and at least two.
     `function` must be importable from a module. The workers die with this process; an exception in one is raised here.
     """
     if len(inputs) <= 1:
         return [function(x) for x in inputs]
     context = multiprocessing.get_context("spawn")
-    workers = min(n_workers, len(inputs))
+    workers = min(n_workers or max(2, n_cores() // n_threads), len(inputs))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(n_threads,)) as pool:
         return list(pool.map(function, inputs))

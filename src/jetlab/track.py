@@ -1,7 +1,8 @@
 """What a stage writes: headline numbers, estimates with errors, curves, figures and the choice it hands on.
 
 A file appears whole or not at all, in fixed order and rounding, without time, host or path: equal runs, equal bytes.
-`to_show` and `upstream` are the other direction: what a notebook reads of its own stage and of the stages before it.
+`to_show`, `recorded` and `upstream` are the other direction: what a notebook reads of its own stage, of records and of the
+stages before it.
 """
 
 import csv
@@ -148,6 +149,16 @@ def to_show(out_dir: str | Path, stage: str) -> Written:
         return Written(committed)
     print(f"The figures show the short run made here: no run of stage {stage} is committed yet.")
     return Written(own)
+
+
+def recorded(name: str, out_dir: str | Path) -> Written:
+    """The committed record records/`name` of a longer run, else the notebook's own in `out_dir`; prints which it is."""
+    folder = resolve("records") / name
+    if (folder / "command.txt").is_file():
+        print(f"The figures show the committed record {shown(folder)}, made by the command beside it.")
+        return Written(folder)
+    print(f"The figures show the short run made here: {shown(folder)} is not committed yet.")
+    return Written(resolve(out_dir))
 
 
 def upstream(folder: str | Path | None, stage: str, default: Mapping[str, Any]) -> dict[str, Any]:

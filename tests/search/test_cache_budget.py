@@ -171,7 +171,16 @@ def test_with_two_kinds_it_is_the_beam_over_placements(budget):
     def score(kinds):
         return value(tuple(layer for layer, kind in enumerate(kinds) if kind == FULL))
 
-    choice = select("beam", value, 8, budget, width=2)
+    class Supernet:
+        n_layers = 8
+
+        def scores(self, placements, objective):
+            return {full: value(full) for full in placements}
+
+        def n_tokens(self, objective):
+            return 1
+
+    choice = select(Supernet(), budget, "math", selector="beam", width=2)
     grown = grow(score, [{LINEAR: 1, FULL: 10}] * 8, 8, (LINEAR, FULL), 8 + 9 * budget, width=2)
     assert grown.best.value == choice.value
     assert tuple(layer for layer, kind in enumerate(grown.best.kinds) if kind == FULL) == choice.placement

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jetlab.evaluate.suite import Score
-from jetlab.search.placement import PlacementRun, Scored, agreement
+from jetlab.search.placement import PlacementRun, Scored, agreement, transfer
 from jetlab.search.selectors import all_placements
 from jetlab.tasks import SCORED, SUB_AXES
 
@@ -81,3 +81,25 @@ def test_what_was_not_evaluated_cannot_be_looked_up():
         seen.scores([(0, 1, 2)], "math")
     with pytest.raises(ValueError, match="leave out selector gates"):
         seen.gates(1, "math")
+
+
+def test_a_choice_is_tested_on_the_other_supernet_against_its_own():
+    """On b layer 3 is worth most for math; a knows nothing of it."""
+    a, b = run("t0"), run("t1", "b")
+    for table_ in b.tables.values():
+        for full, scores in table_.items():
+            gain = 0.4 * (3 in full)
+            old = scores["math"]
+            scores["math"] = Score("math", "accuracy", 0.1, old.correct + gain, old.loss - gain, old.n_questions)
+    rows = {(r["task"], r["found_on"], r["tested_on"]): r for r in transfer([a, b], 1)}
+    assert len(rows) == 2 * len(SCORED)
+    there, back = rows["math", "t0", "t1"], rows["math", "t1", "t0"]
+    assert there["difference"] == pytest.approx(-0.1) and there["own"] == pytest.approx(0.71)  # {2} for {3} on b
+    assert back["difference"] == pytest.approx(-0.3) and back["accuracy"] == pytest.approx(0.31)  # {3} for {2} on a
+    assert rows["code", "t0", "t1"]["difference"] == 0.0 and not there["same_teacher"]
+
+
+def test_supernets_of_one_teacher_are_told_apart_from_those_of_another():
+    rows = transfer([run("t0"), run("t0_s1"), run("t1", "b")], 1)
+    same = {(r["found_on"], r["tested_on"]) for r in rows if r["same_teacher"]}
+    assert same == {("t0", "t0_s1"), ("t0_s1", "t0")}

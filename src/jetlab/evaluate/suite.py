@@ -22,8 +22,8 @@ from jetlab.progress import progress
 from jetlab.tasks import Example, Task, build_tasks
 
 # Rows of one forward. 37 placements, 32 contexts of the scored tasks on one core of an EPYC: 11.4, 10.4, 10.3, 10.9, 12.5 s
-# at 1024, 2048, 4096, 8192, 16384 rows, and at most 0.54, 0.64, 0.82, 1.15, 1.7 GiB.
-MAX_ROWS = 2048
+# at 1024, 2048, 4096, 8192, 16384 rows, and at most 0.54, 0.64, 0.82, 1.15, 1.7 GiB. A GPU wants fewer, larger calls.
+MAX_ROWS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,18 @@ class Exam:
         architectures: Iterable[LayerKinds],
         *,
         batch_size: int = 32,
-        max_rows: int = MAX_ROWS,
+        max_rows: int | None = None,
         label: str = "exam",
     ) -> dict[LayerKinds, dict[str, Score]]:
         """The score of every task under each architecture that the model has paths for -> {architecture: {task: Score}}.
 
-        A forward holds at most `batch_size` contexts and `max_rows` rows, questions times architectures. Where these are
+        A forward holds at most `batch_size` contexts and `max_rows` rows, questions times architectures (None: what suits
+        the model's device). Where these are
         too many, it holds fewer contexts; where those of one context are, fewer architectures, which are neighbours in
         sorted order, so that they still share most layers; at least one of each. `label` names the line of progress.
         """
         wanted = list(dict.fromkeys(map(tuple, architectures)))
+        max_rows = max_rows or MAX_ROWS[next(model.parameters()).device.type]
         n_rows = max(_rows_of_a_context(asked) for _, _, asked in self._papers)
         groups = _split(sorted(wanted), max(1, max_rows // n_rows))
         scores: dict[LayerKinds, dict[str, Score]] = {kinds: {} for kinds in wanted}

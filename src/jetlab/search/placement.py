@@ -6,7 +6,7 @@ Split `search` is what selectors see, `select` decides the placement that later 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from jetlab.config import PlacementStudy
 from jetlab.data.packing import Mixture
 from jetlab.evaluate.divergence import text_divergence, token_rows
-from jetlab.evaluate.suite import Score, exam, paired_difference
+from jetlab.evaluate.suite import Score, exam, paired_difference, standard_error
 from jetlab.parallel import parallel_map
 from jetlab.search.gates import train_gates
 from jetlab.search.selectors import (
@@ -180,29 +180,8 @@ class PlacementRun:
         return rows
 
     def pairs(self) -> list[dict]:
-        """Every pair of full layers on split `test`, by task: its objective, and its interaction with standard error.
-
-        The interaction s(a, b) − s(a) − s(b) + s(∅) is 0 where a pair is worth the sum of its parts; over contexts, of
-        accuracies, for knowledge of minus the loss.
-        """
-        test, rows = self.tables["test"], []
-        for task in SCORED:
-            by_context = {full: _per_context(scores[task]) for full, scores in test.items() if len(full) <= 2}
-            for a, b in combinations(range(self.n_layers), 2):
-                if (a, b) not in by_context:
-                    continue
-                parts = by_context[a, b] - by_context[a,] - by_context[b,] + by_context[()]
-                rows.append(
-                    {
-                        "task": task,
-                        "first": a,
-                        "second": b,
-                        "score": float(by_context[a, b].mean()),
-                        "interaction": float(parts.mean()),
-                        "interaction_se": float(parts.std(ddof=1) / len(parts) ** 0.5) if len(parts) > 1 else 0.0,
-                    }
-                )
-        return rows
+        """`interactions` on split `test`."""
+        return interactions(self.tables["test"], self.n_layers)
 
     def estimates(self) -> list[tuple[str, float, float, int]]:
         """(key, value, standard error, contexts) on split `test`, keys `{task}_k{budget}_{what}`; accuracies.
@@ -240,6 +219,60 @@ class PlacementRun:
         return rows
 
 
+def interactions(table: ScoreTable, n_layers: int) -> list[dict]:
+    """Every pair of full layers in `table`, by task: its objective, and its interaction with standard error.
+
+    The interaction s(a, b) − s(a) − s(b) + s(∅) is 0 where a pair is worth the sum of its parts; over contexts, of
+    accuracies, for knowledge of minus the loss. Pairs that were not evaluated have no row.
+    """
+    rows = []
+    for task in SCORED:
+        by_context = {full: _per_context(scores[task]) for full, scores in table.items() if len(full) <= 2}
+        for a, b in combinations(range(n_layers), 2):
+            if (a, b) not in by_context:
+                continue
+            parts = by_context[a, b] - by_context[a,] - by_context[b,] + by_context[()]
+            rows.append(
+                {
+                    "task": task,
+                    "first": a,
+                    "second": b,
+                    "score": float(by_context[a, b].mean()),
+                    "interaction": float(parts.mean()),
+                    "interaction_se": standard_error(parts),
+                }
+            )
+    return rows
+
+
+def transfer(runs: Sequence[PlacementRun], budget: int) -> list[dict]:
+    """What a placement found on supernet `a`, split `search`, is worth on supernet `b`, split `test`: accuracies.
+
+    Beside it what `b` found for itself, and their difference paired over contexts with its standard error: of another
+    seed of the same teacher it says how much of a choice was luck, of another teacher how much was that teacher.
+    """
+    rows = []
+    for a, b in permutations(runs, 2):
+        for task in SCORED:
+            theirs, own = (b.tables["test"][run.found(task, budget)][task] for run in (a, b))
+            difference, se, n = paired_difference(theirs, own)
+            rows.append(
+                {
+                    "task": task,
+                    "budget": budget,
+                    "found_on": a.name,
+                    "tested_on": b.name,
+                    "same_teacher": int(a.teacher == b.teacher),
+                    "accuracy": theirs.value,
+                    "own": own.value,
+                    "difference": difference,
+                    "se": se,
+                    "n": n,
+                }
+            )
+    return rows
+
+
 def agreement(runs: Sequence[PlacementRun]) -> list[dict]:
     """Spearman's ρ of the one-layer maps of every two supernets, by task: of other teachers or of other seeds."""
     return [
@@ -262,7 +295,7 @@ def _per_context(score: Score) -> np.ndarray:
 
 def _paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float, int]:
     difference = a - b
-    return float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5), len(difference)
+    return float(difference.mean()), standard_error(difference), len(difference)
 
 
 def _n_tokens(study: PlacementStudy, tokenizer, split: str) -> dict[str, int]:

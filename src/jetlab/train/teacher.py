@@ -18,6 +18,7 @@ from jetlab.seeding import generator
 from jetlab.tasks import build_tasks
 from jetlab.train.loop import Resume, adamw, fit
 from jetlab.train.losses import answer_loss
+from jetlab.train.muon import Muon
 from jetlab.train.paths import difficulty
 
 
@@ -130,10 +131,13 @@ def train_teacher(
     if start is not None:
         take_over(model, mixture.tokenizer, start)
     model.to(device).train()
+    if torch.device(device).type == "cuda":  # a small model waits for launches: one compiled layer serves all
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     chosen = set(map(id, matrices))
     optimisers = [
-        torch.optim.Muon(matrices, lr=muon_learning_rate, momentum=0.95, weight_decay=0.0),
+        Muon(matrices, lr=muon_learning_rate, momentum=0.95, weight_decay=0.0),
         adamw((p for p in model.parameters() if id(p) not in chosen), learning_rate, weight_decay=0.01),
     ]
     steps = _Steps(mixture, n_steps, growth)
@@ -152,7 +156,9 @@ def train_teacher(
     history = fit(
         model.named_parameters(), optimisers, loss_at, n_steps=n_steps, label=label, warmup=warmup, log_every=20, resume=resume
     )  # fmt: skip
-    return model.to("cpu").eval(), history
+    plain = Qwen2ForCausalLM(config)  # without compiled layers
+    plain.load_state_dict(model.state_dict())
+    return plain.eval(), history
 
 
 def provide(study: TeacherStudy, out_dir: str | Path) -> list[str]:
