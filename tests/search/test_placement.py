@@ -1,10 +1,12 @@
 """Specification of the placement study's tables: interactions, regret, agreement, and what cannot be looked up."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
 from jetlab.evaluate.suite import Score
-from jetlab.search.placement import PlacementRun, Scored, agreement, transfer
+from jetlab.search.placement import N_DRAWS, PlacementRun, Scored, agreement, transfer
 from jetlab.search.selectors import all_placements
 from jetlab.tasks import SCORED, SUB_AXES
 
@@ -60,6 +62,27 @@ def test_estimates_hold_all_six_placements_of_each_task_and_budget():
     keys = {key for key, *_ in run().estimates()}
     names = ("found", "uniform", "random", "all_linear", "teacher", "exhaustive")
     assert {f"{task}_k{k}_{name}" for task in SCORED for k in (1, 2) for name in names} <= keys
+
+
+def test_above_the_exhaustive_budgets_random_is_the_mean_of_draws_whatever_was_chosen():
+    """Budget 3 of 4 layers: 4 placements, drawn 16 times; accuracies as if all gains added up."""
+    chosen = (0, 1, 2)
+    choices = [
+        {"task": task, "budget": 3, "selector": "beam", "layers": chosen, "forward_passes": 9, "tokens": 45}
+        for task in SCORED
+    ]
+    one = run(choices=choices)
+    for full in combinations(range(N_LAYERS), 3):
+        value = 0.3 + sum(WORTH[layer] for layer in full)
+        one.tables["test"][full] = {t: Score(t, "accuracy", 0.1, np.full(6, value), np.full(6, 0.5), 6) for t in SCORED}
+    found = {key: value for key, value, *_ in one.estimates()}
+    draws = one.pool(3)
+    assert len(draws) == N_DRAWS and len(set(draws)) > 1
+    worth = np.mean([0.3 + sum(WORTH[layer] for layer in full) for full in draws])
+    assert found["math_k3_random"] == pytest.approx(worth) and found["math_k3_found"] == pytest.approx(0.75)
+    assert found["math_k3_found_minus_random"] == pytest.approx(0.75 - worth)
+    assert "math_k3_exhaustive" not in found and "recency_k3_random" not in found
+    assert one.pool(2) == list(combinations(range(N_LAYERS), 2))
 
 
 def test_two_supernets_agree_as_far_as_their_maps_rank_layers_alike():

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from jetlab.evaluate.suite import Score
-from jetlab.search.selectors import all_placements, objective, random_mean, rank_correlation, select, uniform
+from jetlab.search.selectors import (
+    all_placements,
+    objective,
+    random_mean,
+    random_placement,
+    rank_correlation,
+    select,
+    uniform,
+)
 
 N_LAYERS = 8
 
@@ -186,16 +194,19 @@ def score(name, correct, loss=0.0):
     return Score(name, "accuracy", 0.1, correct, np.full(len(correct), loss), len(correct))
 
 
-def test_a_random_placement_scores_the_mean_of_its_budget():
-    table = {
-        (): {"math": score("math", [0.9, 0.9])},
-        (0,): {"math": score("math", [0.2, 0.6])},
-        (1,): {"math": score("math", [0.4, 1.0])},
-        (0, 1): {"math": score("math", [1.0, 1.0])},
-    }
-    value, se, n = random_mean(table, "math", 1)
+def test_a_random_placement_scores_the_mean_over_placements_with_its_error_over_contexts():
+    value, se, n = random_mean([score("math", [0.2, 0.6]), score("math", [0.4, 1.0])])
     assert (value, n) == (pytest.approx(0.55), 2)
     assert se == pytest.approx(0.25)  # of 0.3 and 0.8: sd 0.5 / √2, over √2
+
+
+def test_random_placements_are_drawn_evenly_and_by_the_seed():
+    drawn = [random_placement(4, 2, seed) for seed in range(600)]
+    assert drawn == [random_placement(4, 2, seed) for seed in range(600)]
+    shares = {full: drawn.count(full) / 600 for full in combinations(range(4), 2)}
+    assert sum(shares.values()) == pytest.approx(1) and all(
+        abs(s - 1 / 6) < 4 * (5 / 36 / 600) ** 0.5 for s in shares.values()
+    )
 
 
 def test_a_search_maximises_accuracy_or_minus_the_loss():

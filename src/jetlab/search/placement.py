@@ -25,6 +25,7 @@ from jetlab.search.selectors import (
     evaluate,
     objective,
     random_mean,
+    random_placement,
     rank_correlation,
     select,
     uniform,
@@ -103,7 +104,8 @@ class PlacementRun:
     """All that one supernet says: `name` and seed as in `supernet.members`.
 
     `tables` maps split to {placement: {task: Score}}, `full` to the teacher's own; `max_budget` is the largest budget of
-    which every placement is in the tables. `choices` has a row for each objective, budget and selector.
+    which every placement is in the tables. `choices` has a row for each objective, budget and selector; where budgets are
+    larger, what was chosen and `N_DRAWS` random placements are in the table of split `test`.
     """
 
     name: str
@@ -124,7 +126,16 @@ class PlacementRun:
 
     def found(self, task: str, budget: int) -> Placement:
         """What beam search chooses for one task, on split `search`."""
+        for row in self.choices:
+            if (row["task"], row["budget"], row["selector"]) == (task, budget, "beam"):
+                return row["layers"]
         return select(self.on("search"), budget, task, width=self.beam_width).placement
+
+    def pool(self, budget: int) -> list[Placement]:
+        """The placements that stand for a random one: all of the budget, or `N_DRAWS` draws where not all are evaluated."""
+        if budget <= self.max_budget:
+            return list(combinations(range(self.n_layers), budget))
+        return [random_placement(self.n_layers, budget, draw) for draw in range(N_DRAWS)]
 
     def common(self, budget: int) -> Placement:
         """One placement for all: beam search on the mean of the normalised scores, on split `select`."""
@@ -156,8 +167,8 @@ class PlacementRun:
         for row in self.choices:
             task, budget = row["task"], row["budget"]
             if row["selector"] == "random":
-                pool = kept.scores([full for full in kept.table if len(full) == budget], task).values()
-                value, spread, layers = float(np.mean(list(pool))), float(np.std(list(pool))), ""
+                pool = list(kept.scores(self.pool(budget), task).values())
+                value, spread, layers = float(np.mean(pool)), float(np.std(pool)), ""
             else:
                 value, spread, layers = kept.scores([row["layers"]], task)[row["layers"]], None, row["layers"]
             regret = None
@@ -187,35 +198,31 @@ class PlacementRun:
         """(key, value, standard error, contexts) on split `test`, keys `{task}_k{budget}_{what}`; accuracies.
 
         `found` is chosen for the task, `common` for all tasks at once; differences are paired over contexts. Nothing is
-        searched for a sub-axis, so it has no `found` and no `exhaustive`.
+        searched for a sub-axis, so it has no `found` and no `exhaustive`; budgets above `max_budget`, for
+        which a beam was run, have no `exhaustive` and no `common`.
         """
-        rows = []
-        test = self.tables["test"]
-        for axis, budget in product(SUB_AXES, range(1, self.max_budget + 1)):
-            scores = {
-                "common": test[self.common(budget)][axis],
-                "uniform": test[uniform(self.n_layers, budget)][axis],
-                "all_linear": test[()][axis],
-                "teacher": self.full["test"][axis],
-            }
-            rows += [(f"{axis}_k{budget}_{what}", s.value, s.se, len(s.correct)) for what, s in scores.items()]
-            rows.append((f"{axis}_k{budget}_random", *random_mean(test, axis, budget)))
-        for task, budget in product(SCORED, range(1, self.max_budget + 1)):
+        test, rows = self.tables["test"], []
+        searched = {row["budget"] for row in self.choices if row["selector"] == "beam"}
+        for task, budget in product((*SCORED, *SUB_AXES), sorted({*range(1, self.max_budget + 1), *searched})):
+            every = budget <= self.max_budget
+            if task in SUB_AXES and not every:
+                continue
             key = f"{task}_k{budget}"
-            best = select(self.on("search"), budget, task, selector="exhaustive").placement
-            scores = {
-                "found": test[self.found(task, budget)][task],
-                "common": test[self.common(budget)][task],
-                "uniform": test[uniform(self.n_layers, budget)][task],
-                "exhaustive": test[best][task],
-                "all_linear": test[()][task],
-                "teacher": self.full["test"][task],
-            }
+            chosen = {"uniform": uniform(self.n_layers, budget), "all_linear": ()}
+            if every:
+                chosen["common"] = self.common(budget)
+            if task in SCORED:
+                chosen["found"] = self.found(task, budget)
+            if task in SCORED and every:
+                chosen["exhaustive"] = select(self.on("search"), budget, task, selector="exhaustive").placement
+            scores = {what: test[full][task] for what, full in chosen.items()} | {"teacher": self.full["test"][task]}
             rows += [(f"{key}_{what}", s.value, s.se, len(s.correct)) for what, s in scores.items()]
-            rows.append((f"{key}_random", *random_mean(test, task, budget)))
-            rows.append((f"{key}_found_minus_uniform", *paired_difference(scores["found"], scores["uniform"])))
-            others = [s[task].correct for full, s in test.items() if len(full) == budget]
-            rows.append((f"{key}_found_minus_random", *_paired(scores["found"].correct, np.mean(others, axis=0))))
+            pool = [test[full][task] for full in self.pool(budget)]
+            rows.append((f"{key}_random", *random_mean(pool)))
+            if task in SCORED:
+                found, others = scores["found"], np.mean([score.correct for score in pool], axis=0)
+                rows.append((f"{key}_found_minus_uniform", *paired_difference(found, scores["uniform"])))
+                rows.append((f"{key}_found_minus_random", *_paired(found.correct, others)))
         return rows
 
 
@@ -343,6 +350,8 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> Placeme
     )
     choices = []
     for task, budget, selector in product(OBJECTIVES, range(1, study.select_budget + 1), study.selectors):
+        if selector == "exhaustive" and budget > study.max_budget:
+            continue  # 2380 more placements at 16 layers and budgets of 3 and 4
         choice = select(live, budget, task, selector=selector, width=study.beam_width)
         choices.append(
             {
@@ -356,7 +365,7 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> Placeme
         )
     wanted = {choice["layers"] for choice in choices}
     for budget in range(study.max_budget + 1, study.select_budget + 1):
-        wanted |= {select(live, budget, "all", selector="random", seed=draw).placement for draw in range(N_DRAWS)}
+        wanted |= {uniform(n_layers, budget), *(random_placement(n_layers, budget, draw) for draw in range(N_DRAWS))}
     if missing := sorted(wanted - set(tables["test"])):
         tables["test"] |= evaluate(model, block, papers["test"], missing, "placements, chosen")
     return PlacementRun(

@@ -61,6 +61,11 @@ def uniform(n_layers: int, budget: int) -> Placement:
     return tuple((2 * j + 1) * n_layers // (2 * budget) for j in range(budget))
 
 
+def random_placement(n_layers: int, budget: int, seed: int) -> Placement:
+    """`budget` layers drawn without replacement, all placements equally likely."""
+    return tuple(sorted(rng(seed, "random placement", budget).sample(range(n_layers), budget)))
+
+
 def evaluate(model: PreTrainedModel, kind: str, exam: Exam, placements: Iterable[Placement], label: str = "placements"):
     """The scores of a supernet under each placement -> {placement: {task: Score}}."""
     kinds = {full: placement_kinds(model.config.num_hidden_layers, full, kind) for full in placements}
@@ -128,14 +133,14 @@ def select(
         case "uniform":
             chosen = uniform(n_layers, budget)
         case "random":
-            chosen = tuple(sorted(rng(seed, "random placement", budget).sample(range(n_layers), budget)))
+            chosen = random_placement(n_layers, budget, seed)
     n_tokens = len(seen) * supernet.n_tokens(what) + n_trained if seen else n_trained
     return Choice(chosen, supernet.scores([chosen], objective)[chosen], len(seen), n_tokens)
 
 
-def random_mean(table: ScoreTable, task: str, budget: int) -> tuple[float, float, int]:
-    """Score of a random placement of `budget` layers: mean over all of them, standard error over contexts, contexts."""
-    per_context = np.mean([scores[task].correct for full, scores in table.items() if len(full) == budget], axis=0)
+def random_mean(scores: Iterable[Score]) -> tuple[float, float, int]:
+    """What a random placement scores, from the scores of many: their mean, its standard error over contexts, contexts."""
+    per_context = np.mean([score.correct for score in scores], axis=0)
     return float(per_context.mean()), standard_error(per_context), len(per_context)
 
 
