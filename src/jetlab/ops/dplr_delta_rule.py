@@ -87,7 +87,7 @@ def dplr_delta_rule_chunked(q, k, v, g, a, b, *, scale=None, state=None, qk_l2no
     dtype, core = v.dtype, core_dtype(q, v, state)
     B, T, H, K = q.shape
     V = v.shape[-1]
-    C = power_of_two(chunk_length(T, chunk_size or default_chunk_size(K, V)))
+    C = power_of_two(chunk_length(T, chunk_size or default_chunk_size(K, V, q.device)))
     N = -(-T // C)
     with torch.autocast(q.device.type, enabled=False):
         if qk_l2norm:

@@ -86,7 +86,7 @@ def gated_delta_rule_chunked(q, k, v, g, beta, *, scale=None, state=None, qk_l2n
     T = q.shape[1]
     if T == 1:
         return _step(q, k, v, g, beta, scale, state, qk_l2norm)
-    C = chunk_length(T, chunk_size or default_chunk_size(q.shape[-1], v.shape[-1]))
+    C = chunk_length(T, chunk_size or default_chunk_size(q.shape[-1], v.shape[-1], q.device))
     return _ChunkedGatedDeltaRule.apply(q, k, v, g, beta, state, scale, qk_l2norm, C)
 
 

@@ -101,7 +101,7 @@ def gated_linear_attention_chunked(q, k, v, g, *, scale=None, state=None, qk_l2n
     V = v.shape[-1]
     g = v.new_zeros(B, T, H) if g is None else g
     per_channel = g.ndim == 4
-    C = chunk_length(T, chunk_size or (CHUNK_PER_CHANNEL if per_channel else default_chunk_size(K, V)))
+    C = chunk_length(T, chunk_size or (CHUNK_PER_CHANNEL if per_channel else default_chunk_size(K, V, q.device)))
     C = power_of_two(C) if per_channel else C
     N = -(-T // C)
     with torch.autocast(q.device.type, enabled=False):
