@@ -167,6 +167,11 @@ Selector = Literal[
 ]
 
 
+Variant = Literal[
+    "coin", "fixed_k", "up_to_k", "sandwich", "no_features", "no_logits", "no_local", "another_seed"
+]  # fmt: skip
+
+
 class PlacementStudy(Study):
     supernet: SupernetStudy
     budget: Annotated[int, Field(ge=1, le=2)]  # full layers that later stages keep
@@ -184,6 +189,38 @@ class PlacementStudy(Study):
                 f"budget must be at most max_budget = {self.max_budget}, got {self.budget}; raise max_budget"
             )
         return self
+
+
+class AblationStudy(Study):
+    """Supernets that differ from one base in one thing each."""
+
+    supernet: SupernetStudy  # the base
+    teachers: Annotated[list[str], Field(min_length=1)]  # folders
+    variants: Annotated[list[Variant], Field(min_length=1)]  # the first is the base, named by its law
+    budget: Annotated[int, Field(ge=1, le=2)]  # full layers that are searched for; every placement up to it is evaluated
+
+    @model_validator(mode="after")
+    def _base_comes_first(self) -> Self:
+        if self.variants[0] != self.supernet.law:
+            raise ValueError(
+                f"variants must begin with the base, its law {self.supernet.law!r}, with which the others are compared, "
+                f"got {self.variants[0]!r}"
+            )
+        if twice := sorted({name for name in self.variants if self.variants.count(name) > 1}):
+            raise ValueError(f"each variant is trained once, got {', '.join(twice)} more than once")
+        return self
+
+
+class CacheBudgetStudy(Study):
+    """A supernet with three kinds of layer, searched under a budget of bytes."""
+
+    supernet: SupernetStudy  # its law and max_full are not used: each layer draws one of three kinds
+    teachers: Annotated[list[str], Field(min_length=1)]  # folders
+    window: Count  # tokens that sliding attention sees
+    context_tokens: Count  # length of context at which bytes are counted
+    beam_width: Count
+    budgets: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)]  # full layers' bytes beyond all linear
+    max_changed: Count  # layers that differ from the linear kind, at most; the model's depth: all architectures
 
 
 class HybridStudy(Study):

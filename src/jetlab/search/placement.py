@@ -84,7 +84,8 @@ class Live(Scored):
 
     def gates(self, budget: int, task: str) -> tuple[Sequence[float], int]:
         study, training = self.study, self.study.supernet.training
-        rows = {name: n for name, n in training.rows.items() if name in SCORED and task in ("all", name)}
+        scored = {name: n for name, n in training.rows.items() if name in SCORED}
+        rows = scored if task == "all" else {task: sum(scored.values())}  # as many for every objective
         tasks, seq_len = build_tasks(study.tasks.sizes), study.tasks.seq_len
         mixture = Mixture(tasks, rows, self.tokenizer, seq_len, self.seed + 1)  # rows that the supernet has not seen
         run = train_gates(
