@@ -197,7 +197,7 @@ class AblationStudy(Study):
     supernet: SupernetStudy  # the base
     teachers: Annotated[list[str], Field(min_length=1)]  # folders
     variants: Annotated[list[Variant], Field(min_length=1)]  # the first is the base, named by its law
-    budget: Annotated[int, Field(ge=1, le=2)]  # full layers that are searched for; every placement up to it is evaluated
+    budget: Annotated[int, Field(ge=1, le=2)]  # full layers: searched for, and evaluated exhaustively up to it
 
     @model_validator(mode="after")
     def _base_comes_first(self) -> Self:

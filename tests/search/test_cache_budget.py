@@ -5,17 +5,29 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from jetlab.config import CacheBudgetStudy, SupernetStudy
+from jetlab.evaluate.suite import Score, standard_error
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
+from jetlab.paths import ROOT
 from jetlab.search.cache_budget import (
+    CacheBudgetRun,
     Point,
     all_architectures,
     architecture_bytes,
+    build,
+    costs,
+    estimate,
     grow,
     measure,
     pareto_front,
+    search,
+    spell,
+    unspell,
 )
-from jetlab.search.selectors import select
+from jetlab.search.placement import OBJECTIVES
+from jetlab.search.selectors import objective, select
+from jetlab.tasks import SCORED
 
 LINEAR, SLIDING, FULL = KINDS = ("gated_deltanet", "sliding_attention", "attention")
 COST = {LINEAR: 2, SLIDING: 5, FULL: 20}
@@ -206,3 +218,142 @@ def test_a_search_that_cannot_be_is_refused(changed, message):
     arguments = {"n_layers": 4, "kinds": KINDS, "budget_bytes": 80, "width": 1} | changed
     with pytest.raises(ValueError, match=message):
         grow(additive, L4, **arguments)
+
+
+@pytest.mark.parametrize(("max_changed", "n"), [(0, 1), (1, 17), (2, 1 + 16 + 28 * 4), (8, 6561)])
+def test_architectures_near_all_linear_are_those_with_few_other_layers(max_changed, n):
+    found = all_architectures(8, KINDS, max_changed)
+    assert len(found) == n and set(found) <= set(all_architectures(8, KINDS))
+    assert max(sum(kind != LINEAR for kind in each) for each in found) == max_changed
+
+
+@pytest.mark.parametrize("max_changed", [1, 2])
+def test_a_beam_keeps_to_the_architectures_near_all_linear(max_changed):
+    score = {each: random_score(4, 3)[each] for each in all_architectures(4, KINDS, max_changed)}
+    grown = grow(score.__getitem__, L4, 4, KINDS, 80, 81, max_changed)
+    assert grown.n_evaluated == len(score) and grown.best.value == max(score.values())
+
+
+def scores(seed, n_contexts=6):
+    rng = np.random.default_rng(seed)
+    return {
+        task: Score(task, "accuracy", 0.1, rng.random(n_contexts), rng.random(n_contexts), n_contexts)
+        for task in SCORED
+    }
+
+
+CEILINGS = {"knowledge": 1.0, "math": 0.9, "retrieval": 1.0, "code": 0.8}
+
+
+@pytest.mark.parametrize("task", OBJECTIVES)
+def test_an_estimate_is_the_objective_and_its_error(task):
+    one, other = scores(0), scores(1)
+    value, se = estimate(one, task, CEILINGS)
+    assert value == pytest.approx(objective(one, task, CEILINGS)) and se > 0
+    difference, _ = estimate(one, task, CEILINGS, other)
+    assert difference == pytest.approx(value - estimate(other, task, CEILINGS)[0])
+    assert estimate(one, task, CEILINGS, one) == (0.0, 0.0)  # paired: what both share is no error
+
+
+def test_the_error_of_a_loss_is_that_of_the_loss():
+    one = scores(0)
+    assert estimate(one, "knowledge", CEILINGS)[1] == pytest.approx(standard_error(one["knowledge"].loss))
+    assert estimate(one, "math", CEILINGS)[1] == pytest.approx(one["math"].se)
+    scaled = [one[task].se / (CEILINGS[task] - 0.1) / 4 for task in SCORED]
+    assert estimate(one, "all", CEILINGS)[1] == pytest.approx(np.sqrt(np.square(scaled).sum()))
+
+
+def test_letters_can_be_read_back():
+    kinds = (FULL, LINEAR, SLIDING, LINEAR)
+    assert spell(kinds) == "FLWL" and unspell("FLWL", LINEAR) == kinds
+
+
+def searched(value, max_changed=4):
+    """A run of four layers in which every objective is `value`, on both splits."""
+    every = all_architectures(4, KINDS)
+    values = {kinds: value(kinds) for kinds in all_architectures(4, KINDS, max_changed)}
+    flat = np.linspace(-0.01, 0.01, 5)
+    test = {
+        kinds: {t: Score(t, "accuracy", 0.0, value(kinds) + flat, -value(kinds) - flat, 5) for t in SCORED}
+        for kinds in every
+    }
+    budgets = {0.0: 8, 0.5: 17, 1.0: 26, 1.5: 35}
+    return CacheBudgetRun("t0", KINDS, L4, dict.fromkeys(OBJECTIVES, values), budgets, 2, max_changed, [], test)
+
+
+def test_the_exact_optimum_bounds_the_beam_at_every_budget():
+    run = searched(random_score(4, 2).__getitem__)
+    rows = [row for row in run.budget_rows() if row["objective"] == "math"]
+    for row in rows:
+        fitting = [p for p in run.points("math") if p.n_bytes <= row["budget_bytes"]]
+        assert row["best_value"] == max(p.value for p in fitting) and row["n_fitting"] == len(fitting)
+        assert row["regret"] == pytest.approx(row["best_value"] - row["value"]) and row["regret"] >= 0
+        assert row["n_evaluated"] <= row["n_fitting"] and max(row["bytes"], row["best_bytes"]) <= row["budget_bytes"]
+    assert rows[0]["best_kinds"] == "LLLL" and rows[0]["regret"] == 0
+    assert any(row["regret"] > 0 for row in rows)  # a score without structure leads a narrow beam astray
+
+
+def test_the_gain_of_windows_is_the_optimum_less_that_without_them():
+    """Layer 0 gains as much by a window as by attention: within 35 bytes it and attention in layer 2 fit only together so."""
+    row = next(row for row in searched(additive).budget_rows() if (row["objective"], row["budget"]) == ("math", 1.5))
+    assert (row["best_kinds"], row["two_kinds"]) == ("WLFL", "LLFL")
+    assert row["gain"] == pytest.approx(3) and row["gain_se"] == pytest.approx(0, abs=1e-12)
+    none = next(row for row in searched(lambda kinds: 0.5).budget_rows() if row["budget"] == 1.5)
+    assert none["best_kinds"] == none["two_kinds"] and none["gain"] == 0
+
+
+def test_levels_count_every_architecture_once_and_end_in_the_best():
+    run = searched(random_score(4, 5).__getitem__)
+    levels = [row for row in run.level_rows() if row["objective"] == "code"]
+    assert sum(row["n"] for row in levels) == 81
+    assert len({row["bytes"] for row in levels}) == len(levels) == 15  # sums of four layers of three kinds
+    front = {row["bytes"]: row["value"] for row in run.front_rows() if row["objective"] == "code"}
+    best = {row["bytes"]: row["best"] for row in levels}
+    assert all(best[n_bytes] == value for n_bytes, value in front.items())
+    assert all(row["q05"] <= row["q50"] <= row["q95"] <= row["best"] for row in levels)
+
+
+def test_references_are_placements_without_windows_and_layers_of_one_kind():
+    run = searched(additive, max_changed=1)
+    letters = [row["kinds"] for row in run.reference_rows() if row["objective"] == "all"]
+    assert len(letters) == 1 + 4 + 6 + 2 and {"LLLL", "WWWW", "FFFF", "LFLF"} <= set(letters)
+    values = {row["kinds"]: row["value"] for row in run.reference_rows() if row["objective"] == "math"}
+    assert values["LLFL"] == 8 and values["WWWW"] is None  # not scored on split search
+
+
+@pytest.fixture(scope="module")
+def study(sizes):
+    common = {"seed": 0, "n_threads": 1, "path": "paper", "device": "cpu"}
+    tasks = {
+        "seq_len": 40, "sizes": sizes, "n_contexts": {"search": 1, "select": 1, "test": 2}, "n_questions": 2,
+    }  # fmt: skip
+    training = {
+        "n_local": 1, "n_steps": 3, "learning_rate": 3e-3, "warmup": 1, "feature_weight": 2.0, "logit_weight": 1.0,
+        "rows": {"retrieval": 1}, "weights": {}, "growth": 0.0,
+    }  # fmt: skip
+    net = SupernetStudy.from_params(
+        common=common, tasks=tasks, block=LINEAR, dims={"n_heads": 2, "head_dim": 8, "head_dim_v": 8}, n_seeds=1,
+        law="up_to_k", max_full=2, n_checks=0, check_budget=0, training=training,
+    )  # fmt: skip
+    return CacheBudgetStudy.from_params(
+        common=common, tasks=tasks, supernet=net, teachers=["assets/teacher/0"], window=8, context_tokens=64,
+        beam_width=2, budgets=[0.0, 1.0], max_changed=1,
+    )  # fmt: skip
+
+
+def test_a_study_scores_what_it_reports(study):
+    (run,) = search(study)
+    assert len(run.values["all"]) == 17 and set(run.reported()) == set(run.test)
+    assert run.budgets[0.0] == architecture_bytes(run.layer_bytes, (LINEAR,) * 8)
+    assert run.budgets[1.0] == architecture_bytes(run.layer_bytes, (FULL, *(LINEAR,) * 7))
+    full = next(row for row in run.reference_rows() if row["kinds"] == "F" * 8 and row["objective"] == "all")
+    assert full["test"] == pytest.approx(1) and full["value"] is None  # the teacher, beyond one changed layer
+    assert [row["phase"] for row in run.history] == ["local", "end to end"]
+    lengths = {name: len(getattr(run, name)()) for name in ("budget_rows", "reference_rows")}
+    assert lengths == {"budget_rows": 5 * 2, "reference_rows": 5 * (1 + 8 + 28 + 2)}
+
+
+def test_a_window_that_costs_less_than_a_linear_layer_is_refused(study):
+    model, _ = build(study.model_copy(update={"window": 1}), ROOT / "assets/teacher/0", 0)
+    with pytest.raises(ValueError, match=r"bytes must grow from linear over sliding to full.*raise window"):
+        costs(study, model)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jetlab.config import AblationStudy, SupernetStudy
+from jetlab.config import AblationStudy, SupernetStudy, Training
 from jetlab.evaluate.suite import exam, paired_difference
 from jetlab.parallel import parallel_map
 from jetlab.paths import resolve
@@ -58,17 +58,17 @@ def variant(study: SupernetStudy, name: str) -> SupernetStudy:
     changes["no_local"] = {"n_local": 0, "n_steps": training.n_local + training.n_steps}
     if name not in LAWS and name not in changes:
         raise ValueError(f"a variant must be one of {', '.join((*LAWS, *changes))}, got {name!r}")
-    changed = {"n_checks": 0, "training": training.from_params(**training.model_dump() | changes.get(name, {}))}
+    changed = {"n_checks": 0, "training": Training.from_params(**training.model_dump() | changes.get(name, {}))}
     return study.model_copy(update=changed | ({"law": name} if name in LAWS else {}))
 
 
 def train(member: tuple[str, str, str, int], study: AblationStudy) -> list[AblationRun]:
-    """Every variant of one teacher, trained and evaluated; `member` as from `supernet.members`, its file names a folder."""
+    """Every variant of one teacher, trained and evaluated; `member` as from `supernet.members`."""
     teacher_name, teacher, weights, seed = member
     runs = []
     for name in study.variants:
         changed = variant(study.supernet, name)
-        file = Path(weights).with_name(f"paths_{name}_{teacher_name}.safetensors")
+        file = Path(weights).with_stem(f"paths_{name}_{teacher_name}")
         own_seed = seed + SEED_STEP * (name == "another_seed")
         history = supernets.train(changed, f"{name} {teacher_name}", teacher, str(file), own_seed).history
         model, tokenizer = supernets.load(changed, teacher, file)
@@ -153,7 +153,7 @@ def over_teachers(rows: Sequence[dict]) -> list[dict]:
     for row in rows:
         first.setdefault((row["teacher"], row["task"]), row["layers"])
         groups.setdefault((row["variant"], row["task"]), []).append(row)
-    numbers = [key for key, value in rows[0].items() if not isinstance(value, str)]
+    numbers = [key for key in rows[0] if key not in ("variant", "teacher", "task", "layers")]
     means = []
     for (name, task), group in groups.items():
         same = sum(row["layers"] == first[row["teacher"], task] for row in group)

@@ -4,11 +4,12 @@ A history is what training a supernet returns, or its loss_*.csv: rows that at a
 `check_budget` 1, `{task}_layer{l}`, the objective with layer l full (Fig 5a of arXiv:2508.15884).
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
+
+from scipy import stats
 
 from jetlab.search.selectors import rank_correlation
 from jetlab.tasks import SCORED
@@ -40,14 +41,16 @@ def checks(history: Rows) -> list[Check]:
         if all(maps.values()):
             found.append(Check(int(row["tokens"]), maps))
     if not found:
-        raise ValueError("a history needs checks of single layers, got none; train with n_checks >= 1, check_budget = 1")
+        raise ValueError(
+            "a history needs checks of single layers, got none; train with n_checks >= 1, check_budget = 1"
+        )
     return found
 
 
 def stability(history: Rows) -> list[dict]:
     """Each check beside the last one, by task: Spearman's ρ of the maps, the top layer, 1 if it is the final one.
 
-    At the last check ρ and `is_final` are 1 by construction.
+    At the last check ρ and `is_final` are 1 by construction; ρ is 0 where a map is constant.
     """
     every = checks(history)
     return [
@@ -112,17 +115,7 @@ def chance_beyond(n: int, errors: float = 2.0) -> float:
     """
     if n < 1:
         raise ValueError(f"a mean needs at least one draw, got {n}")
-    if n == 1:
-        return math.erfc(errors / math.sqrt(2))
-    degrees = n - 1
-    angle = math.atan(errors / math.sqrt(degrees))
-    odd = degrees % 2
-    term, total = math.cos(angle) ** odd, 0.0
-    for power in range(odd, degrees - 1, 2):  # the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4
-        total += term
-        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
-    inside = math.sin(angle) * total
-    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
+    return float(2 * (stats.t.sf(errors, n - 1) if n > 1 else stats.norm.sf(errors)))
 
 
 def _given(value: Any) -> bool:
