@@ -214,7 +214,7 @@ class AblationStudy(Study):
 class CacheBudgetStudy(Study):
     """A supernet with three kinds of layer, searched under a budget of bytes."""
 
-    supernet: SupernetStudy  # its law and max_full are not used: each layer draws one of three kinds
+    supernet: SupernetStudy  # its law and max_full are not used: paths of three kinds have a law of their own
     teachers: Annotated[list[str], Field(min_length=1)]  # folders
     window: Count  # tokens that sliding attention sees
     context_tokens: Count  # length of context at which bytes are counted

@@ -23,6 +23,7 @@ from jetlab.search.cache_budget import (
     pareto_front,
     search,
     spell,
+    spread_law,
     unspell,
 )
 from jetlab.search.placement import OBJECTIVES
@@ -261,6 +262,17 @@ def test_the_error_of_a_loss_is_that_of_the_loss():
     assert estimate(one, "math", CEILINGS)[1] == pytest.approx(one["math"].se)
     scaled = [one[task].se / (CEILINGS[task] - 0.1) / 4 for task in SCORED]
     assert estimate(one, "all", CEILINGS)[1] == pytest.approx(np.sqrt(np.square(scaled).sum()))
+
+
+def test_the_law_draws_every_number_of_linear_layers_alike_but_none():
+    law = spread_law(KINDS, 8, seed=0)
+    drawn = [law(step) for step in range(4000)]
+    assert law(7) == drawn[7] and len(set(drawn)) > 1000
+    linear = np.bincount([kinds.count(LINEAR) for kinds in drawn], minlength=9)
+    assert linear[0] == 0 and abs(linear[1:] - 500).max() < 4 * np.sqrt(500 * 7 / 8)  # four standard deviations
+    for kind in (SLIDING, FULL):  # each of 8 layers in 3.5 / 8 / 2 of the steps
+        share = np.mean([[each == kind for each in kinds] for kinds in drawn], axis=0)
+        assert abs(share - 3.5 / 16).max() < 4 * np.sqrt(0.22 * 0.78 / 4000)
 
 
 def test_letters_can_be_read_back():

@@ -28,10 +28,10 @@ from jetlab.paths import resolve
 from jetlab.search.placement import OBJECTIVES
 from jetlab.search.selectors import objective
 from jetlab.search.supernet import members
-from jetlab.seeding import derive
+from jetlab.seeding import derive, rng
 from jetlab.tasks import SCORED, TASKS, build_tasks
 from jetlab.train.loop import file_digest
-from jetlab.train.paths import mixed_law, train_paths
+from jetlab.train.paths import Law, train_paths
 
 LETTERS = {"attention": "F", "sliding_attention": "W"}  # full, window; any other kind is linear, L
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95, "best": 1.0}
@@ -348,14 +348,29 @@ def costs(study: CacheBudgetStudy, model: PreTrainedModel) -> LayerBytes:
     return layer_bytes
 
 
+def spread_law(kinds: Sequence[str], n_layers: int, seed: int) -> Law:
+    """A number of layers uniform in 0 … n_layers − 1, that many layers, and for each any of `kinds` but the first, alike.
+
+    So the cheap end of the front gets its share of the training: with every architecture equally likely (`mixed_law`) all
+    linear is drawn in one of 6561 steps. And each path has a layer of `kinds[0]`, without which nothing trains.
+    """
+
+    def law(step: int) -> LayerKinds:
+        draw = rng(seed, "spread path", step)
+        others = draw.sample(range(n_layers), draw.randrange(n_layers))
+        return tuple(draw.choice(kinds[1:]) if layer in others else kinds[0] for layer in range(n_layers))
+
+    return law
+
+
 def train(study: CacheBudgetStudy, model: PreTrainedModel, tokenizer, name: str, teacher: str, seed: int) -> list[dict]:
-    """Train the linear paths; each layer of each step draws one of the three kinds. Returns the loss curve."""
+    """Train the linear paths over paths of `spread_law`, layer-local phase first. Returns the loss curve."""
     training = study.supernet.training
     mixture = Mixture(build_tasks(study.tasks.sizes), training.rows, tokenizer, study.tasks.seq_len, seed)
     return train_paths(
         model,
         mixture,
-        mixed_law(kinds_of_layers(study), model.config.num_hidden_layers, seed),
+        spread_law(kinds_of_layers(study), model.config.num_hidden_layers, seed),
         training,
         label=f"three kinds {name}",
         resume_key=[study.model_dump(), seed, file_digest(Path(teacher) / "model.safetensors")],
