@@ -9,7 +9,7 @@ from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
 from jetlab.paths import ROOT
 from jetlab.train import loop
-from jetlab.train.paths import LAWS, fixed_law, mixed_law, path_law, placement_kinds, train_paths
+from jetlab.train.paths import LAWS, fixed_law, path_law, placement_kinds, train_paths
 
 
 def build():
@@ -148,17 +148,3 @@ def test_placements_name_layers_from_zero():
     assert placement_kinds(3, (1,), "jetblock") == ("jetblock", "attention", "jetblock")
     with pytest.raises(ValueError, match="0 … 2, got 3"):
         placement_kinds(3, (1, 3), "jetblock")
-
-
-def test_a_mixed_law_draws_every_kind_in_every_layer_equally_often():
-    kinds, n_steps = ("gated_deltanet", "sliding_attention", "attention"), 3000
-    law = mixed_law(kinds, 5, seed=0)
-    drawn = [law(step) for step in range(n_steps)]
-    assert drawn == [mixed_law(kinds, 5, seed=0)(step) for step in range(n_steps)]
-    assert drawn != [mixed_law(kinds, 5, seed=1)(step) for step in range(n_steps)]
-    for layer in range(5):
-        for kind in kinds:
-            share = sum(path[layer] == kind for path in drawn) / n_steps
-            assert abs(share - 1 / 3) < 4 * (2 / 9 / n_steps) ** 0.5
-    both = sum(path[0] == path[1] for path in drawn) / n_steps  # layers draw independently
-    assert abs(both - 1 / 3) < 4 * (2 / 9 / n_steps) ** 0.5

@@ -351,8 +351,8 @@ def costs(study: CacheBudgetStudy, model: PreTrainedModel) -> LayerBytes:
 def spread_law(kinds: Sequence[str], n_layers: int, seed: int) -> Law:
     """A number of layers uniform in 0 … n_layers − 1, that many layers, and for each any of `kinds` but the first, alike.
 
-    So the cheap end of the front gets its share of the training: with every architecture equally likely (`mixed_law`) all
-    linear is drawn in one of 6561 steps. And each path has a layer of `kinds[0]`, without which nothing trains.
+    So the cheap end of the front gets its share of the training: with every architecture equally likely all linear
+    is drawn in one of 6561 steps. And each path has a layer of `kinds[0]`, without which nothing trains.
     """
 
     def law(step: int) -> LayerKinds:

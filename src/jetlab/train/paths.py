@@ -4,7 +4,7 @@ The model is its own teacher: with attention active in every layer it is the pre
 nothing that came with it trains. Which architecture a step trains is drawn from a law of paths.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,11 +55,6 @@ def path_law(name: str, n_layers: int, kind: str, max_full: int, seed: int) -> L
         return placement_kinds(n_layers, tuple(full), kind)
 
     return law
-
-
-def mixed_law(kinds: Sequence[str], n_layers: int, seed: int) -> Law:
-    """Each layer draws one of `kinds`, all equally likely and independent, so every architecture is."""
-    return lambda step: tuple(rng(seed, "mixed path", step).choices(kinds, k=n_layers))
 
 
 def fixed_law(kinds: LayerKinds) -> Law:
