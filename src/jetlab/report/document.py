@@ -199,7 +199,7 @@ def _blocks(study: Study) -> Table:
 
 def _grid(study: Study) -> Table:
     rows = study.tables["hardware"]["grid"]
-    tasks = [key[:-3] for key in rows[0] if key.endswith("_se") and key[:-3] in rows[0]]
+    tasks = [t for t in SCORED_TASKS if t in rows[0]]
     out = []
     for row in rows:
         scores = [with_error(Estimate(row[t], row[f"{t}_se"]) if row[t] is not None else None) for t in tasks]
