@@ -71,9 +71,11 @@ def tree(tmp_path):
     write_csv(
         root / "placement/selectors.csv",
         [
-            {"teacher": i, "task": t, "budget": 1, "selector": s, "regret": 0.01, "forward_passes": 8}
+            {"teacher": i, "task": t, "budget": k, "selector": s, "placements": 8, "tokens": 900}
+            | {"regret": None if k == 3 else 0.01 if t == "all" else 5.0}
             for i in (0, 1)
-            for t in SCORED_TASKS
+            for t in (*SCORED_TASKS, "all")
+            for k in (1, 3)  # of budget 3 the best is not known
             for s in ("beam", "uniform")
         ],
     )

@@ -168,7 +168,7 @@ Selector = Literal[
 
 
 Variant = Literal[
-    "coin", "fixed_k", "up_to_k", "sandwich", "no_features", "no_logits", "no_local", "another_seed"
+    "coin", "fixed_k", "up_to_k", "sandwich", "no_features", "no_logits", "no_local", "no_local_no_growth", "another_seed"
 ]  # fmt: skip
 
 

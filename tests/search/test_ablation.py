@@ -3,29 +3,12 @@
 import numpy as np
 import pytest
 
-from jetlab.config import AblationStudy, ConfigError, SupernetStudy
+from jetlab.config import AblationStudy, ConfigError
 from jetlab.evaluate.suite import Score
 from jetlab.search import ablation
 from jetlab.search.ablation import AblationRun, ablate, best, compare, over_teachers, variant
 from jetlab.search.selectors import all_placements
 from jetlab.tasks import SCORED
-
-COMMON = {"seed": 0, "n_threads": 1, "path": "paper", "device": "cpu"}
-TRAINING = {
-    "n_local": 3, "n_steps": 5, "learning_rate": 3e-3, "warmup": 2, "feature_weight": 2.0, "logit_weight": 1.0,
-    "rows": {"retrieval": 1}, "weights": {}, "growth": 0.4,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(sizes):
-    tasks = {
-        "seq_len": 40, "sizes": sizes, "n_contexts": {"search": 2, "select": 1, "test": 2}, "n_questions": 2,
-    }  # fmt: skip
-    return SupernetStudy.from_params(
-        common=COMMON, tasks=tasks, block="gated_deltanet", dims={"n_heads": 2, "head_dim": 8, "head_dim_v": 8},
-        n_seeds=1, law="up_to_k", max_full=2, n_checks=2, check_budget=0, training=TRAINING,
-    )  # fmt: skip
 
 
 def study(base, *variants, teachers=("assets/teacher/0",), budget=1):
@@ -56,6 +39,7 @@ def differences(a, b, prefix=""):
         ("no_features", {"training.feature_weight": 0.0}),
         ("no_logits", {"training.logit_weight": 0.0}),
         ("no_local", {"training.n_local": 0, "training.n_steps": 8}),
+        ("no_local_no_growth", {"training.n_local": 0, "training.n_steps": 8, "training.growth": 0.0}),
         ("another_seed", {}),
     ],
 )
@@ -116,8 +100,8 @@ def table(worth, floor=0.3, n_contexts=5):
     return found
 
 
-def run(name, worth, teacher="t0", floor=0.3):
-    return AblationRun(name, teacher, 4, 100, {"search": table(worth, floor), "test": table(worth, floor)})
+def run(name, worth, teacher="t0", floor=0.3, on_test=None):
+    return AblationRun(name, teacher, 4, 100, {"search": table(worth, floor), "test": table(on_test or worth, floor)})
 
 
 BASE = (0.0, 0.1, 0.4, 0.2)
@@ -139,6 +123,16 @@ def test_regret_is_what_the_choice_loses_on_the_base_not_on_itself():
     assert changed["layers"] == "0" and changed["regret"] == pytest.approx(0.4)
     assert changed["found"] == pytest.approx(0.6) and changed["found_change"] == pytest.approx(-0.1)
     assert changed["spearman"] == pytest.approx(-0.2)  # by hand: ranks 0 1 3 2 and 3 0 2 1
+
+
+def test_choices_are_made_on_one_split_and_scored_on_the_other():
+    """On `test` the base's layers are worth BASE in reverse, the variant's OTHER in reverse."""
+    reverse = [run("up_to_k", BASE, on_test=BASE[::-1]), run("coin", OTHER, on_test=OTHER[::-1])]
+    base, *_, changed = compare(reverse, 1)
+    assert base["layers"] == "2" and base["found"] == pytest.approx(0.3 + 0.1) and base["regret"] == 0.0
+    assert changed["layers"] == "0" and changed["found"] == pytest.approx(0.3 + 0.1)
+    assert changed["regret"] == pytest.approx(0.1 - 0.2)  # layer 0 for layer 2, both as the base scores them on `test`
+    assert changed["spearman"] == pytest.approx(-0.2)
 
 
 def test_with_a_budget_of_two_pairs_are_chosen_and_ranked():

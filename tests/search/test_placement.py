@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from jetlab.evaluate.suite import Score
-from jetlab.search.placement import N_DRAWS, PlacementRun, Scored, agreement, transfer
+from jetlab.search import placement
+from jetlab.search.placement import PlacementRun, Scored, agreement, transfer
 from jetlab.search.selectors import all_placements
 from jetlab.tasks import SCORED, SUB_AXES
 
 N_LAYERS = 4
+TESTED = (*SCORED, *SUB_AXES)
 WORTH = {0: 0.05, 1: 0.1, 2: 0.3, 3: 0.0}
 
 
@@ -21,17 +23,16 @@ def table(shift=0.0, n_contexts=6):
     for full in all_placements(N_LAYERS, 2):
         value = 0.3 + shift + sum(WORTH[layer] for layer in full) + 0.2 * (full == (0, 1))
         found[full] = {
-            name: Score(name, "accuracy", 0.1, value + noise, 1 - value - noise, n_contexts)
-            for name in (*SCORED, *SUB_AXES)
+            name: Score(name, "accuracy", 0.1, value + noise, 1 - value - noise, n_contexts) for name in TESTED
         }
     return found
 
 
 def run(name="t0", teacher="a", order=1, choices=()):
-    full = {task: Score(task, "accuracy", 0.1, np.ones(6), np.zeros(6), 6) for task in (*SCORED, *SUB_AXES)}
+    full = {task: Score(task, "accuracy", 0.1, np.ones(6), np.zeros(6), 6) for task in TESTED}
     tables = {split: table(shift) for split, shift in (("search", 0.0), ("select", 0.0), ("test", 0.01))}
     divergence = {(): 1.0} | {(layer,): 1 - order * 0.1 * layer for layer in range(N_LAYERS)}
-    splits = dict.fromkeys(tables, full)
+    splits = {split: dict(full) for split in tables}
     return PlacementRun(
         name, teacher, N_LAYERS, 2, 2, tables, splits, divergence, dict.fromkeys(SCORED, 5), list(choices)
     )
@@ -47,9 +48,9 @@ def test_a_pair_is_worth_its_parts_unless_its_layers_need_each_other():
 
 def test_regret_is_what_the_exhaustive_choice_scores_more_on_test():
     choices = [
-        {"task": "math", "budget": 2, "selector": "beam", "layers": (0, 1), "forward_passes": 4, "tokens": 20},
-        {"task": "math", "budget": 1, "selector": "uniform", "layers": (3,), "forward_passes": 0, "tokens": 0},
-        {"task": "math", "budget": 1, "selector": "random", "layers": (1,), "forward_passes": 0, "tokens": 0},
+        {"task": "math", "budget": 2, "selector": "beam", "layers": (0, 1), "placements": 4, "tokens": 20},
+        {"task": "math", "budget": 1, "selector": "uniform", "layers": (3,), "placements": 0, "tokens": 0},
+        {"task": "math", "budget": 1, "selector": "random", "layers": (1,), "placements": 0, "tokens": 0},
     ]
     beam, uniform, random = run(choices=choices).selectors()
     assert beam["regret"] == pytest.approx(0.4 - 0.35)  # the best pair is (1, 2)
@@ -58,31 +59,61 @@ def test_regret_is_what_the_exhaustive_choice_scores_more_on_test():
     assert random["regret"] == pytest.approx(0.3 - np.mean(worth)) and random["spread"] == pytest.approx(np.std(worth))
 
 
-def test_estimates_hold_all_six_placements_of_each_task_and_budget():
-    keys = {key for key, *_ in run().estimates()}
-    names = ("found", "uniform", "random", "all_linear", "teacher", "exhaustive")
-    assert {f"{task}_k{k}_{name}" for task in SCORED for k in (1, 2) for name in names} <= keys
-
-
-def test_above_the_exhaustive_budgets_random_is_the_mean_of_draws_whatever_was_chosen():
-    """Budget 3 of 4 layers: 4 placements, drawn 16 times; accuracies as if all gains added up."""
+def test_above_the_exhaustive_budgets_random_is_the_mean_of_a_sample_and_its_error_says_so(monkeypatch):
+    """Budget 3 of 4 layers, 3 of its 4 placements; accuracies as if all gains added up, the same in every context."""
+    monkeypatch.setattr(placement, "N_DRAWS", 3)
     chosen = (0, 1, 2)
     choices = [
-        {"task": task, "budget": 3, "selector": "beam", "layers": chosen, "forward_passes": 9, "tokens": 45}
+        {"task": task, "budget": 3, "selector": "beam", "layers": chosen, "placements": 9, "tokens": 45}
         for task in SCORED
     ]
     one = run(choices=choices)
     for full in combinations(range(N_LAYERS), 3):
         value = 0.3 + sum(WORTH[layer] for layer in full)
         one.tables["test"][full] = {t: Score(t, "accuracy", 0.1, np.full(6, value), np.full(6, 0.5), 6) for t in SCORED}
-    found = {key: value for key, value, *_ in one.estimates()}
-    draws = one.pool(3)
-    assert len(draws) == N_DRAWS and len(set(draws)) > 1
-    worth = np.mean([0.3 + sum(WORTH[layer] for layer in full) for full in draws])
-    assert found["math_k3_random"] == pytest.approx(worth) and found["math_k3_found"] == pytest.approx(0.75)
-    assert found["math_k3_found_minus_random"] == pytest.approx(0.75 - worth)
+    found = {key: (value, se) for key, value, se, _ in one.estimates()}
+    drawn = [0.3 + sum(WORTH[layer] for layer in full) for full in one.pool(3)]
+    assert len(drawn) == 3
+    error = np.std(drawn, ddof=1) / 3**0.5 * (1 / 4) ** 0.5
+    assert found["math_k3_random"] == pytest.approx((np.mean(drawn), error))
+    assert found["math_k3_found"] == pytest.approx((0.75, 0.0))
+    assert found["math_k3_found_minus_random"] == pytest.approx((0.75 - np.mean(drawn), error))
     assert "math_k3_exhaustive" not in found and "recency_k3_random" not in found
     assert one.pool(2) == list(combinations(range(N_LAYERS), 2))
+
+
+def test_each_split_does_its_own_job():
+    """Every split has another best layer: a search takes that of `search`, the kept one is of `select`, values of `test`."""
+    worth = {"search": (0.1, 0.3, 0.2, 0.0), "select": (0.3, 0.1, 0.2, 0.0), "test": (0.05, 0.1, 0.2, 0.3)}
+    ceilings = {"search": 0.9, "select": 0.8, "test": 1.0}
+    choices = [
+        {"task": "math", "budget": 1, "selector": name, "layers": layers, "placements": 4, "tokens": 20}
+        for name, layers in (("beam", (1,)), ("single_layer", (3,)), ("exhaustive", (1,)))
+    ]
+    one = run(choices=choices)
+    for split, by_layer in worth.items():
+        one.full[split] = {t: Score(t, "accuracy", 0.1, np.full(6, ceilings[split]), np.zeros(6), 6) for t in TESTED}
+        for full, scores in one.tables[split].items():
+            value = 0.3 + sum(by_layer[layer] for layer in full) + np.linspace(-0.01, 0.01, 6) * (1 + sum(full))
+            for task in scores:
+                scores[task] = Score(task, "accuracy", 0.1, value, 1 - value, 6)
+    assert one.found("code", 1) == (1,) and one.common(1) == (0,)
+    assert one.layer_map("math") == pytest.approx([0.4, 0.6, 0.5, 0.3])
+    assert one.on("select").ceilings["math"] == pytest.approx(0.8)
+    found = {key: (value, se) for key, value, se, _ in one.estimates()}
+    noise = np.std(np.linspace(-0.01, 0.01, 6), ddof=1) / 6**0.5
+    for task in SCORED:
+        assert found[f"{task}_k1_found"] == found[f"{task}_k1_exhaustive"] == pytest.approx((0.4, 2 * noise))
+        assert found[f"{task}_k1_uniform"] == pytest.approx((0.5, 3 * noise))
+        assert found[f"{task}_k1_found_minus_uniform"] == pytest.approx((-0.1, noise))
+        assert found[f"{task}_k1_random"] == pytest.approx((0.4625, 2.5 * noise))
+        assert found[f"{task}_k1_found_minus_random"] == pytest.approx((-0.0625, 0.5 * noise))
+        assert found[f"{task}_k1_all_linear"][0] == pytest.approx(0.3) and found[f"{task}_k1_teacher"][0] == 1.0
+        assert found[f"{task}_k2_exhaustive"][0] == pytest.approx(0.6)  # {1, 2}
+    assert found["recency_k1_common"][0] == pytest.approx(0.35) and "recency_k1_found" not in found
+    beam, single, exhaustive = one.selectors()
+    assert beam["regret"] == exhaustive["regret"] == 0.0 and beam["value"] == pytest.approx(0.4)
+    assert single["regret"] == pytest.approx(-0.2), "what is better on other examples only"
 
 
 def test_two_supernets_agree_as_far_as_their_maps_rank_layers_alike():
@@ -102,6 +133,8 @@ def test_what_was_not_evaluated_cannot_be_looked_up():
     seen = Scored(N_LAYERS, table(), {}, {}, {})
     with pytest.raises(ValueError, match=r"placement \(0, 1, 2\) is not among those evaluated; raise"):
         seen.scores([(0, 1, 2)], "math")
+    with pytest.raises(ValueError, match=r"placement \(0, 1\) is not among those evaluated; divergence is of single"):
+        seen.scores([(0, 1)], "kl")
     with pytest.raises(ValueError, match="leave out selector gates"):
         seen.gates(1, "math")
 

@@ -12,7 +12,9 @@ from jetlab.search.selectors import (
     objective,
     random_mean,
     random_placement,
+    random_placements,
     rank_correlation,
+    sampling_error,
     select,
     uniform,
 )
@@ -179,6 +181,12 @@ def test_a_budget_that_does_not_fit_is_refused(budget):
         select(Toy(additive), budget, "math")
 
 
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_beam_without_width_is_refused(width):
+    with pytest.raises(ValueError, match=f"keeps at least 1 placement, got width {width}"):
+        select(Toy(additive), 2, "math", width=width)
+
+
 def test_an_unknown_selector_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"single_layer, beam, greedy_add, .* exhaustive, got 'best'"):
         choose("best", additive, N_LAYERS, 1)
@@ -207,6 +215,18 @@ def test_random_placements_are_drawn_evenly_and_by_the_seed():
     assert sum(shares.values()) == pytest.approx(1) and all(
         abs(s - 1 / 6) < 4 * (5 / 36 / 600) ** 0.5 for s in shares.values()
     )
+
+
+def test_a_sample_of_placements_holds_none_twice_and_all_where_there_are_no_more():
+    drawn = random_placements(8, 4, 16)
+    assert len(drawn) == len(set(drawn)) == 16 and all(len(set(full)) == 4 for full in drawn)
+    assert drawn == random_placements(8, 4, 16)
+    assert random_placements(4, 3, 16) == list(combinations(range(4), 3))
+
+
+def test_the_error_of_sampling_is_zero_once_everything_is_drawn():
+    assert sampling_error([0.0, 2.0], 4) == pytest.approx(0.5**0.5)  # sd √2, over √2, times √(1 − 2/4)
+    assert sampling_error([0.0, 2.0], 2) == 0.0
 
 
 def test_a_search_maximises_accuracy_or_minus_the_loss():

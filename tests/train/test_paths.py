@@ -129,6 +129,16 @@ def test_an_unknown_law_is_refused_with_the_known_ones():
         path_law("dice", 8, "jetblock", 2, seed=0)
 
 
+@pytest.mark.parametrize("k", [8, -1])
+def test_a_law_leaves_a_layer_to_train(k):
+    with pytest.raises(ValueError, match=rf"max_full must leave a layer linear, 0 … 7 of 8 here, got {k}"):
+        path_law("up_to_k", 8, "jetblock", k, seed=0)
+    law = path_law("coin", 2, "jetblock", 1, seed=0)
+    drawn = [law(step).count("attention") for step in range(600)]
+    assert set(drawn) == {0, 1}
+    assert abs(drawn.count(1) / 600 - 2 / 3) < 4 * (2 / 9 / 600) ** 0.5  # of four equal outcomes one is tossed again
+
+
 def test_a_loss_term_of_weight_zero_is_left_out(tasks):
     """And the two terms add up to the loss with both."""
     losses = []

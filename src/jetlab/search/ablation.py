@@ -50,12 +50,14 @@ def variant(study: SupernetStudy, name: str) -> SupernetStudy:
 
     The name of a law draws paths by it. `no_features` and `no_logits` leave out a term of the loss, `no_local` the
     layer-local phase, whose steps are added to those end to end: contexts then grow, and the learning rate falls, over
-    shares of the longer phase. `another_seed` changes nothing here: `train` gives it other initial weights, data and paths.
+    shares of the longer phase, so contexts of a step are not those of the base. `no_local_no_growth` has them at full size
+    from the first step, as the layer-local phase of the base has. `another_seed` changes nothing here: `train` gives it other initial weights, data and paths.
     Raises ValueError for another name, ConfigError if nothing is left to train.
     """
     training = study.training
     changes = {"no_features": {"feature_weight": 0.0}, "no_logits": {"logit_weight": 0.0}, "another_seed": {}}
     changes["no_local"] = {"n_local": 0, "n_steps": training.n_local + training.n_steps}
+    changes["no_local_no_growth"] = changes["no_local"] | {"growth": 0.0}
     if name not in LAWS and name not in changes:
         raise ValueError(f"a variant must be one of {', '.join((*LAWS, *changes))}, got {name!r}")
     changed = {"n_checks": 0, "training": Training.from_params(**training.model_dump() | changes.get(name, {}))}
@@ -85,7 +87,8 @@ def train(member: tuple[str, str, str, int], study: AblationStudy) -> list[Ablat
 def ablate(study: AblationStudy, out_dir: str | Path) -> list[AblationRun]:
     """Every variant on every teacher, teachers side by side; the weights of the new paths are left in `out_dir`.
 
-    Variants of one teacher share initial weights and, but for `another_seed`, the rows of each step.
+    Variants of one teacher share initial weights and, but for `another_seed`, the seed of the rows of each step; without
+    the layer-local phase the size of contexts grows otherwise (`variant`), and rows of another size are other rows.
     """
     teachers = [str(resolve(folder)) for folder in study.teachers]
     one_each = study.supernet.model_copy(update={"n_seeds": 1})

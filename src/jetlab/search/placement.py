@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, permutations, product
+from math import comb, hypot
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,14 @@ from jetlab.search.selectors import (
     evaluate,
     objective,
     random_mean,
-    random_placement,
+    random_placements,
     rank_correlation,
+    sampling_error,
     select,
     uniform,
 )
 from jetlab.search.supernet import load, members
-from jetlab.tasks import SCORED, SPLITS, SUB_AXES, build_tasks
+from jetlab.tasks import SCORED, SPLITS, SUB_AXES, TASKS, build_tasks
 from jetlab.train.paths import placement_kinds
 
 OBJECTIVES = (*SCORED, "all")
@@ -53,10 +55,12 @@ class Scored:
     tokens: dict[str, int]
 
     def scores(self, placements: Iterable[Placement], task: str) -> dict[Placement, float]:
+        placements, known = list(placements), self.divergence if task == "kl" else self.table
+        if missing := [full for full in placements if full not in known]:
+            way_out = "divergence is of single layers" if task == "kl" else "raise placement.max_budget"
+            raise ValueError(f"placement {missing[0]} is not among those evaluated; {way_out}")
         if task == "kl":
             return {full: -self.divergence[full] for full in placements}
-        if missing := [full for full in placements if full not in self.table]:
-            raise ValueError(f"placement {missing[0]} is not among those evaluated; raise placement.max_budget")
         return {full: objective(self.table[full], task, self.ceilings) for full in placements}
 
     def n_tokens(self, task: str) -> int:
@@ -68,7 +72,7 @@ class Scored:
 
 @dataclass
 class Live(Scored):
-    """The same with the supernet at hand: what is missing is evaluated, and gates can be trained."""
+    """The same with the supernet at hand: scores of tasks that are missing are evaluated, and gates can be trained."""
 
     model: PreTrainedModel
     tokenizer: object
@@ -133,10 +137,9 @@ class PlacementRun:
         return select(self.on("search"), budget, task, width=self.beam_width).placement
 
     def pool(self, budget: int) -> list[Placement]:
-        """The placements that stand for a random one: all of the budget, or `N_DRAWS` draws where not all are evaluated."""
-        if budget <= self.max_budget:
-            return list(combinations(range(self.n_layers), budget))
-        return [random_placement(self.n_layers, budget, draw) for draw in range(N_DRAWS)]
+        """The placements that stand for a random one: all of the budget, or `N_DRAWS` of them where not all are evaluated."""
+        n = comb(self.n_layers, budget)
+        return random_placements(self.n_layers, budget, n if budget <= self.max_budget else N_DRAWS)
 
     def common(self, budget: int) -> Placement:
         """One placement for all: beam search on the mean of the normalised scores, on split `select`."""
@@ -156,12 +159,13 @@ class PlacementRun:
         ]
 
     def selectors(self) -> list[dict]:
-        """Each selector's choice on split `search`, what it cost, and its regret on split `test`.
+        """Each selector's choice on split `search`, what it cost in `placements` looked at and `tokens`, and its regret.
 
-        Regret is the test score of the placement that an exhaustive search would choose less that of the one chosen; it
-        can fall below zero, since both were chosen on other examples, and is None where not every placement of the budget
-        is evaluated. `all` is the mean of the normalised scores. The row of `random` is the mean over all placements, or
-        over those drawn, with their standard deviation as `spread`.
+        Regret is the test score of the placement that an exhaustive search on the same split `search` would choose, less
+        that of the one chosen: 0 where both choose alike. It can fall below zero, since `test` has other examples, and is
+        None where not every placement of the budget is evaluated. `all` is the mean of the normalised scores. The row of
+        `random` is the mean over `pool`, with the standard deviation as `spread`. Gates look at no placement: they
+        train, and their cost is in `tokens` alone.
         """
         rows = []
         kept = self.on("test")
@@ -185,7 +189,7 @@ class PlacementRun:
                     "value": value,
                     "spread": spread,
                     "regret": regret,
-                    "forward_passes": row["forward_passes"],
+                    "placements": row["placements"],
                     "tokens": row["tokens"],
                 }
             )
@@ -198,9 +202,11 @@ class PlacementRun:
     def estimates(self) -> list[tuple[str, float, float, int]]:
         """(key, value, standard error, contexts) on split `test`, keys `{task}_k{budget}_{what}`; accuracies.
 
-        `found` is chosen for the task, `common` for all tasks at once; differences are paired over contexts. Nothing is
-        searched for a sub-axis, so it has no `found` and no `exhaustive`; budgets above `max_budget`, for
-        which a beam was run, have no `exhaustive` and no `common`.
+        `found` is chosen for the task by beam search, `exhaustive` by looking at every placement, both on split
+        `search`; `common` for all tasks at once on split `select`. `random` is the mean over `pool`; where that is a
+        sample, its standard error holds that of drawing it. Differences are paired over contexts. Nothing is searched
+        for a sub-axis, so it has no `found` and no `exhaustive`; budgets above `max_budget`, for which a beam was run,
+        have no `exhaustive` and no `common`.
         """
         test, rows = self.tables["test"], []
         searched = {row["budget"] for row in self.choices if row["selector"] == "beam"}
@@ -219,11 +225,15 @@ class PlacementRun:
             scores = {what: test[full][task] for what, full in chosen.items()} | {"teacher": self.full["test"][task]}
             rows += [(f"{key}_{what}", s.value, s.se, len(s.correct)) for what, s in scores.items()]
             pool = [test[full][task] for full in self.pool(budget)]
-            rows.append((f"{key}_random", *random_mean(pool)))
+            drawing = sampling_error([score.value for score in pool], comb(self.n_layers, budget))
+            value, se, n = random_mean(pool)
+            rows.append((f"{key}_random", value, hypot(se, drawing), n))
             if task in SCORED:
                 found, others = scores["found"], np.mean([score.correct for score in pool], axis=0)
                 rows.append((f"{key}_found_minus_uniform", *paired_difference(found, scores["uniform"])))
-                rows.append((f"{key}_found_minus_random", *_paired(found.correct, others)))
+                gain = found.correct - others
+                se = hypot(standard_error(gain), drawing)
+                rows.append((f"{key}_found_minus_random", float(gain.mean()), se, len(gain)))
         return rows
 
 
@@ -298,12 +308,7 @@ def agreement(runs: Sequence[PlacementRun]) -> list[dict]:
 
 
 def _per_context(score: Score) -> np.ndarray:
-    return -score.loss if score.task == "knowledge" else score.correct
-
-
-def _paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float, int]:
-    difference = a - b
-    return float(difference.mean()), standard_error(difference), len(difference)
+    return -score.loss if TASKS[score.task].objective == "neg_loss" else score.correct
 
 
 def _n_tokens(study: PlacementStudy, tokenizer, split: str) -> dict[str, int]:
@@ -321,6 +326,10 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> Placeme
     name, teacher, weights, seed = member
     model, tokenizer = load(study.supernet, teacher, weights)
     n_layers, block = model.config.num_hidden_layers, study.supernet.block
+    if study.select_budget >= n_layers:
+        raise ValueError(
+            f"select_budget must leave a layer linear, below {n_layers} here, got {study.select_budget}; lower it"
+        )
     placements, everything = all_placements(n_layers, study.max_budget), tuple(range(n_layers))
     papers, tables, full = {}, {}, {}
     for split in SPLITS[1:]:
@@ -360,13 +369,13 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> Placeme
                 "budget": budget,
                 "selector": selector,
                 "layers": choice.placement,
-                "forward_passes": choice.n_evaluated,
+                "placements": choice.n_evaluated,
                 "tokens": choice.n_tokens,
             }
         )
     wanted = {choice["layers"] for choice in choices}
     for budget in range(study.max_budget + 1, study.select_budget + 1):
-        wanted |= {uniform(n_layers, budget), *(random_placement(n_layers, budget, draw) for draw in range(N_DRAWS))}
+        wanted |= {uniform(n_layers, budget), *random_placements(n_layers, budget, N_DRAWS)}
     if missing := sorted(wanted - set(tables["test"])):
         tables["test"] |= evaluate(model, block, papers["test"], missing, "placements, chosen")
     return PlacementRun(

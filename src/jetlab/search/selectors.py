@@ -1,12 +1,13 @@
 """Which layers keep full attention: every selector sees a supernet only through `Supernet` and counts what it asks for.
 
 A placement is the sorted tuple of the full layers, counted from 0. Placements of up to two layers can all be evaluated
-at the laptop's depth, so that each selector's regret against the exhaustive optimum is known exactly.
+at the laptop's depth, so that what an exhaustive search would choose is known.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, count
+from math import comb
 from typing import Protocol
 
 import numpy as np
@@ -66,6 +67,17 @@ def random_placement(n_layers: int, budget: int, seed: int) -> Placement:
     return tuple(sorted(rng(seed, "random placement", budget).sample(range(n_layers), budget)))
 
 
+def random_placements(n_layers: int, budget: int, n: int) -> list[Placement]:
+    """`n` placements of `budget` layers, no two alike and all sets of them equally likely; every one if there are no more."""
+    if comb(n_layers, budget) <= n:
+        return list(combinations(range(n_layers), budget))
+    drawn: dict[Placement, None] = {}
+    for seed in count():
+        drawn[random_placement(n_layers, budget, seed)] = None
+        if len(drawn) == n:
+            return list(drawn)
+
+
 def evaluate(model: PreTrainedModel, kind: str, exam: Exam, placements: Iterable[Placement], label: str = "placements"):
     """The scores of a supernet under each placement -> {placement: {task: Score}}."""
     kinds = {full: placement_kinds(model.config.num_hidden_layers, full, kind) for full in placements}
@@ -90,16 +102,19 @@ def select(
 
     `beam` grows placements layer by layer and keeps the best `width` (the paper's, Sec 2.2); `greedy_add` is width 1;
     `greedy_remove` starts from all layers full and gives up the cheapest; `single_layer` takes the best layers of the
-    one-layer map (Fig 5a); `kl` those of the one-layer map of divergence on text, whatever the objective (KL-LS,
-    arXiv:2512.20569); `gates` the largest gates; `uniform` and `random` (by `seed`) look at nothing, `exhaustive` at all.
-    The score of the choice itself is not counted as cost.
-    Raises ValueError for an unknown selector or a budget that does not fit.
+    one-layer map (Fig 5a); `kl` those of the one-layer map of divergence on text, whatever the objective: the idea of
+    KL-LS (arXiv:2512.20569), which distils one model a layer, read off the one supernet instead; `gates` the largest
+    gates; `uniform` and `random` (by `seed`) look at nothing, `exhaustive` at all.
+    The score of the choice itself is not counted as cost, nor are passes of the teacher.
+    Raises ValueError for an unknown selector, and for a budget or a width that does not fit.
     """
     if selector not in SELECTORS:
         raise ValueError(f"a selector must be one of {', '.join(SELECTORS)}, got {selector!r}")
     n_layers = supernet.n_layers
     if not 1 <= budget <= n_layers:
         raise ValueError(f"budget must be 1 … {n_layers} full layers, got {budget}")
+    if width < 1:
+        raise ValueError(f"a beam keeps at least 1 placement, got width {width}")
     what = "kl" if selector == "kl" else objective
     seen: dict[Placement, float] = {}
     n_trained = 0
@@ -139,9 +154,14 @@ def select(
 
 
 def random_mean(scores: Iterable[Score]) -> tuple[float, float, int]:
-    """What a random placement scores, from the scores of many: their mean, its standard error over contexts, contexts."""
+    """What a random placement scores, from the scores of all: their mean, its standard error over contexts, contexts."""
     per_context = np.mean([score.correct for score in scores], axis=0)
     return float(per_context.mean()), standard_error(per_context), len(per_context)
+
+
+def sampling_error(values: Sequence[float], n_all: int) -> float:
+    """Standard error of the mean of `values`, drawn without repeats from `n_all`: s/√n · √(1 − n/n_all); 0 if all are there."""
+    return standard_error(np.asarray(values)) * (1 - len(values) / n_all) ** 0.5
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:

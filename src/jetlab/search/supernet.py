@@ -1,6 +1,6 @@
 """The supernet of Sec 2.2: a pretrained model with a linear path beside every attention, trained over random paths."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from jetlab.parallel import parallel_map
 from jetlab.paths import replacing, require
 from jetlab.search.selectors import all_placements, evaluate, objective
 from jetlab.seeding import derive
-from jetlab.tasks import SCORED, SUB_AXES, build_tasks
+from jetlab.tasks import SCORED, SUB_AXES, TASKS, build_tasks
 from jetlab.train.loop import file_digest
 from jetlab.train.paths import path_law, placement_kinds, train_paths
 
@@ -103,14 +103,19 @@ def train_all(study: SupernetStudy, teachers: list[str], out_dir: str | Path) ->
 
 
 def load(study: SupernetStudy, teacher: str, weights: str | Path) -> tuple[PreTrainedModel, object]:
-    """A trained supernet again. Raises MissingInput without the weights, ValueError if they belong to another shape."""
+    """A trained supernet again, every path from `weights` and everything else from the teacher.
+
+    Raises MissingInput without the weights, ValueError if they are not those of exactly these paths.
+    """
     model, tokenizer = build(study, teacher, study.common.seed)
     saved = load_file(require(weights, "supernet"))
-    expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad or name in saved}
-    wrong = sorted(name for name, x in saved.items() if expected.get(name) != x.shape)
-    if wrong:
+    new = {id(p) for slot in surgery.slots(model) for path in slot.linear.values() for p in path.parameters()}
+    expected = {name: p.shape for name, p in model.named_parameters() if id(p) in new}
+    shapes = {name: x.shape for name, x in saved.items()}
+    if wrong := sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name)):
         raise ValueError(
-            f"{weights} does not fit block {study.block!r} with {study.dims}: {wrong[0]} differs; run `dvc repro supernet`"
+            f"{weights} must hold the {len(expected)} tensors of block {study.block!r} with {study.dims}, but {wrong[0]} is "
+            f"{shapes.get(wrong[0], 'missing')} instead of {expected.get(wrong[0], 'nothing')}; run `dvc repro supernet`"
         )
     model.load_state_dict(saved, strict=False)
     return model.eval(), tokenizer
@@ -125,7 +130,7 @@ def difficulty_curve(study: SupernetStudy, model: PreTrainedModel, tokenizer, sp
     rows = []
     for task in (*SCORED, *SUB_AXES):
         sizes = study.tasks.sizes[task]
-        varied = next(iter(sizes))
+        varied = fields(TASKS[task])[0].name  # what a context holds more of as it grows
         for quarter in range(1, 5):
             size = max(2, round(sizes[varied] * quarter / 4))
             scaled = study.tasks.model_copy(update={"sizes": study.tasks.sizes | {task: sizes | {varied: size}}})

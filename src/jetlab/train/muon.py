@@ -11,7 +11,15 @@ class Muon(torch.optim.Muon):
 
     B ← μ B + (1 − μ) G, then W ← W − lr √max(1, rows / columns) NS(μ B + (1 − μ) G), with NS five Newton-Schulz steps
     towards the nearest orthogonal matrix (Jordan et al. 2024). The state is that of `torch.optim.Muon`.
+    Raises ValueError for another rule of scaling the rate (`adjust_lr_fn`), of which only the original is built here.
     """
+
+    def __init__(self, params, **options):
+        if options.get("adjust_lr_fn") not in (None, "original"):
+            raise ValueError(
+                f"adjust_lr_fn must be 'original' here, got {options['adjust_lr_fn']!r}; take torch's Muon"
+            )
+        super().__init__(params, **options)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -35,17 +35,22 @@ def path_law(name: str, n_layers: int, kind: str, max_full: int, seed: int) -> L
 
     `coin`: each layer with probability k / n_layers, independently, so k on average. `fixed_k`: exactly k. `up_to_k`: a
     number uniform in 0 … k, then that many. `sandwich` (after the rule of slimmable networks, arXiv:1903.05134, one of its
-    three a step instead of all): none, k, and up to k by turns.
-    Raises ValueError for another name.
+    three a step instead of all): none, k, and up to k by turns. A coin that leaves no layer linear, so that nothing would
+    train, is tossed again.
+    Raises ValueError for another name, and for a k that is not below n_layers.
     """
     if name not in LAWS:
         raise ValueError(f"a law of paths must be one of {', '.join(LAWS)}, got {name!r}")
+    if not 0 <= max_full < n_layers:
+        raise ValueError(f"max_full must leave a layer linear, 0 … {n_layers - 1} of {n_layers} here, got {max_full}")
 
     def law(step: int) -> LayerKinds:
         draw = rng(seed, "path", step)
         match name:
             case "coin":
-                full = [layer for layer in range(n_layers) if draw.random() < max_full / n_layers]
+                full = range(n_layers)
+                while len(full) == n_layers:
+                    full = [layer for layer in range(n_layers) if draw.random() < max_full / n_layers]
             case "fixed_k":
                 full = draw.sample(range(n_layers), max_full)
             case "up_to_k":
@@ -63,13 +68,13 @@ def fixed_law(kinds: LayerKinds) -> Law:
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Hidden states of the last layer, normed, and those after every layer, each [B, T, D]."""
+    """Hidden states after the final norm, and those after every layer, each [B, T, D]; of the last layer both are normed."""
     out = decoder(model)(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
     return out.last_hidden_state, out.hidden_states[1:]
 
 
 def difficulty(growing_steps: float, step: int) -> float:
-    """Share of the full size that contexts reach at a step: from a tenth to 1 over `growing_steps`; 1 if those are 0."""
+    """Share of the full size that contexts reach at a step: min(1, 1/10 + step / growing_steps); 1 if those are 0."""
     return min(1.0, 0.1 + step / growing_steps) if growing_steps else 1.0
 
 
@@ -88,7 +93,8 @@ def train_paths(
     First `n_local` steps per layer on its own: mean_l ‖y_l − a_l‖² / ‖a_l‖², with a_l the attention's output and y_l the
     path's, both on the teacher's input of that layer. Then `n_steps` steps of the architecture that `law` gives:
     `feature_weight` · mean_l ‖h_l − h_l^T‖² / ‖h_l^T‖² + `logit_weight` · Σ_tasks weight · KL(teacher ‖ student) at the
-    answers. A term of weight 0 is not computed. `measure(step)`, after logged steps end to end, adds to the curve.
+    answers, with h_l the hidden states after layer l, those of the last layer after the final norm (`forward`). A term of
+    weight 0 is not computed. `measure(step)`, after logged steps end to end, adds to the curve.
     With a `resume_key` a run that was killed goes on where it was.
     """
     n_local = training.n_local
