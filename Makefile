@@ -1,6 +1,6 @@
 # make repro      the whole study, twenty minutes on two cores      make test       the tests
 # make report     the report, and what it still needs               make test-slow  browser, lm-eval, process and kill tests
-# make lab        JupyterLab on the notebooks
+# make lab        JupyterLab on the notebooks                       make extras     notebooks/extra, executed with their records
 # Each makes .venv by itself, once. In an environment of your own the commands below work as they stand.
 
 SHELL := bash
@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # stands last, and a long run at the end would run alone.
 two_at_a_time = dvc stage list --name-only | grep '^$(1)@' | tac | JETLAB_LINES=1 xargs -n 1 -P 2 dvc --wait-for-lock repro -s
 
-.PHONY: repro report lab test test-slow
+.PHONY: repro report extras lab test test-slow
 repro: .venv/.ok
 	dvc repro placement
 	$(call two_at_a_time,block)
@@ -24,6 +24,13 @@ repro: .venv/.ok
 
 report: .venv/.ok
 	dvc repro report
+
+extras: .venv/.ok
+	mkdir -p reports/extra
+	for name in $(basename $(notdir $(wildcard notebooks/extra/*.ipynb))); do \
+		python -m jetlab.run notebooks/extra/$$name.ipynb --out scratch/extra/$$name; \
+		cp scratch/extra/$$name/notebook.ipynb reports/extra/$$name.ipynb; \
+	done
 
 lab: .venv/.ok
 	jupyter lab notebooks

@@ -45,6 +45,17 @@ def test_is_committed_in_canonical_form(file):
     assert notebooks.problems(file) == []
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "notebooks/extra").glob("*.ipynb")), ids=lambda file: file.stem)
+def test_the_executed_copy_is_of_this_notebook(file):
+    copy = ROOT / "reports/extra" / file.name
+    assert copy.is_file(), "run `make extras`"
+    executed = [
+        cell.source for cell in notebooks.read(copy).cells if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    assert executed == [cell.source for cell in notebooks.read(file).cells], "run `make extras`"
+    assert [cell for cell in notebooks.read(copy).cells if cell.get("outputs")]
+
+
 @each_notebook
 def test_has_five_movements(file):
     cells = notebooks.read(file).cells
