@@ -54,7 +54,9 @@ def widen(saved):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"), [(cut, "is missing instead of"), (add, "instead of nothing"), (widen, "2]")], ids=str
+    ("spoil", "said"),
+    [(cut, "is missing instead of"), (add, "instead of nothing"), (widen, "2]")],
+    ids=["cut", "add", "widen"],
 )
 def test_weights_that_are_not_those_of_exactly_these_paths_are_refused(base, trained, tmp_path, spoil, said):
     saved = load_file(trained.weights)
