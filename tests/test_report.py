@@ -53,6 +53,7 @@ def tree(tmp_path):
         ]
         write_csv(root / f"supernet/loss_t{i}.csv", steps)
     placements = {"found": 0.9, "uniform": 0.6, "random": 0.5, "all_linear": 0.4, "teacher": 0.97, "exhaustive": 0.91}
+    placements |= {"found_minus_uniform": 0.3, "found_minus_random": 0.4}
     write_estimates(
         root / "placement/estimates.csv",
         {f"{t}_k1_{p}{s}": v for t in TASKS for p, v in placements.items() for s in ("", "_t0", "_t1")},
@@ -167,17 +168,22 @@ def test_verdicts_flip_when_the_numbers_flip(tree):
     path = tree / "placement/estimates.csv"
     assert judged(tree, "placement-retrieval").verdict == AGREES
 
-    set_values(path, retrieval_k1_found=0.62)
+    set_values(path, retrieval_k1_found_minus_uniform=0.02)
     assert judged(tree, "placement-retrieval").verdict == CANNOT_TELL
-    set_values(path, retrieval_k1_found=0.3)
+    set_values(path, retrieval_k1_found_minus_uniform=-0.3)
     assert judged(tree, "placement-retrieval").verdict == DISAGREES
 
 
 def test_a_difference_adds_errors_in_squares(tree):
-    ours = judged(tree, "placement-retrieval").ours
-    assert ours.value == pytest.approx(30)  # points, as in the claim
-    assert ours.se == pytest.approx(1.0 * 2**0.5)
+    ours = judged(tree, "choice-needs-softmax").ours
+    assert ours.value == pytest.approx(0.55)
+    assert ours.se == pytest.approx(0.01 * 2**0.5)
     assert ours.n == 500
+
+
+def test_a_gain_is_in_the_unit_of_its_claim(tree):
+    ours = judged(tree, "placement-retrieval").ours
+    assert (ours.value, ours.se, ours.n) == (pytest.approx(30), pytest.approx(1.0), 500)  # points
 
 
 def test_the_importance_map_is_summarised_as_the_claims_ask(tree):
