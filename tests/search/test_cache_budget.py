@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from jetlab.config import CacheBudgetStudy, SupernetStudy
+from jetlab.config import CacheBudgetStudy
 from jetlab.evaluate.suite import Score, standard_error
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
@@ -334,22 +334,11 @@ def test_references_are_placements_without_windows_and_layers_of_one_kind():
 
 
 @pytest.fixture(scope="module")
-def study(sizes):
-    common = {"seed": 0, "n_threads": 1, "path": "paper", "device": "cpu"}
-    tasks = {
-        "seq_len": 40, "sizes": sizes, "n_contexts": {"search": 1, "select": 1, "test": 2}, "n_questions": 2,
-    }  # fmt: skip
-    training = {
-        "n_local": 1, "n_steps": 3, "learning_rate": 3e-3, "warmup": 1, "feature_weight": 2.0, "logit_weight": 1.0,
-        "rows": {"retrieval": 1}, "weights": {}, "growth": 0.0,
-    }  # fmt: skip
-    net = SupernetStudy.from_params(
-        common=common, tasks=tasks, block=LINEAR, dims={"n_heads": 2, "head_dim": 8, "head_dim_v": 8}, n_seeds=1,
-        law="up_to_k", max_full=2, n_checks=0, check_budget=0, training=training,
-    )  # fmt: skip
+def study(base):
+    given = base.model_dump(include={"common", "tasks"})
     return CacheBudgetStudy.from_params(
-        common=common, tasks=tasks, supernet=net, teachers=["assets/teacher/0"], window=8, context_tokens=64,
-        beam_width=2, budgets=[0.0, 1.0], max_changed=1,
+        **given, supernet=base, teachers=["assets/teacher/0"], window=8, context_tokens=64, beam_width=2,
+        budgets=[0.0, 1.0], max_changed=1,
     )  # fmt: skip
 
 

@@ -51,7 +51,8 @@ def variant(study: SupernetStudy, name: str) -> SupernetStudy:
     The name of a law draws paths by it. `no_features` and `no_logits` leave out a term of the loss, `no_local` the
     layer-local phase, whose steps are added to those end to end: contexts then grow, and the learning rate falls, over
     shares of the longer phase, so contexts of a step are not those of the base. `no_local_no_growth` has them at full size
-    from the first step, as the layer-local phase of the base has. `another_seed` changes nothing here: `train` gives it other initial weights, data and paths.
+    from the first step, as the layer-local phase of the base has. `another_seed` changes nothing here: `train` gives it
+    other initial weights, data and paths.
     Raises ValueError for another name, ConfigError if nothing is left to train.
     """
     training = study.training

@@ -103,14 +103,14 @@ def train_all(study: SupernetStudy, teachers: list[str], out_dir: str | Path) ->
 
 
 def load(study: SupernetStudy, teacher: str, weights: str | Path) -> tuple[PreTrainedModel, object]:
-    """A trained supernet again, every path from `weights` and everything else from the teacher.
+    """A trained supernet again, every path from `weights`, everything else from the teacher and frozen.
 
     Raises MissingInput without the weights, ValueError if they are not those of exactly these paths.
     """
     model, tokenizer = build(study, teacher, study.common.seed)
     saved = load_file(require(weights, "supernet"))
-    new = {id(p) for slot in surgery.slots(model) for path in slot.linear.values() for p in path.parameters()}
-    expected = {name: p.shape for name, p in model.named_parameters() if id(p) in new}
+    surgery.freeze(model)
+    expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: x.shape for name, x in saved.items()}
     if wrong := sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name)):
         raise ValueError(
