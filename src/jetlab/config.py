@@ -81,8 +81,8 @@ class Dims(StudyModel):
     head_dim: Count  # key width of one head
     head_dim_v: Count  # value width of one head
 
-    def block(self, d_model: int) -> BlockDims:
-        return BlockDims(d_model, self.n_heads, self.head_dim, self.head_dim_v)
+    def block(self, d_model: int, **others) -> BlockDims:
+        return BlockDims(d_model, self.n_heads, self.head_dim, self.head_dim_v, **others)
 
 
 class Training(StudyModel):
@@ -104,6 +104,18 @@ class Training(StudyModel):
         if not self.feature_weight and not self.logit_weight:
             raise ValueError("feature_weight and logit_weight are both 0, so nothing would train: give one a weight")
         return self
+
+
+class ScratchTraining(StudyModel):
+    """Of a hybrid from random weights, by the teacher's recipe."""
+
+    n_steps: Count
+    learning_rate: Rate  # of AdamW
+    muon_learning_rate: Rate  # of Muon
+    warmup: Count
+    growth: Annotated[float, Field(ge=0, lt=1)]
+    rows: dict[str, Count]
+    weights: dict[str, float]
 
 
 class TeacherTraining(StudyModel):
@@ -239,15 +251,40 @@ class BlockStudy(HybridStudy):
         return self
 
 
+JETBLOCK_VARIANTS: dict[str, dict[str, Any]] = {  # options of `JetBlock`, and the taps of its convolutions
+    "none": {"conv_v": "none"},
+    "static": {"conv_v": "static"},
+    "dynamic": {},  # as published
+    "static_qk": {"conv_v": "static", "conv_q": "static", "conv_k": "static"},
+    "dynamic_static_qk": {"conv_q": "static", "conv_k": "static"},
+    "dynamic_also_q": {"conv_q": "dynamic"},
+    "dynamic_also_k": {"conv_k": "dynamic"},
+    "dynamic_also_qk": {"conv_q": "dynamic", "conv_k": "dynamic"},
+    "static_2_taps": {"conv_v": "static", "conv_size": 2},
+    "static_8_taps": {"conv_v": "static", "conv_size": 8},
+    "dynamic_2_taps": {"conv_size": 2},
+    "dynamic_3_taps": {"conv_size": 3},
+    "dynamic_8_taps": {"conv_size": 8},
+    "dynamic_2_units": {"generator_hidden": 2},
+    "dynamic_4_units": {"generator_hidden": 4},
+    "dynamic_16_units": {"generator_hidden": 16},
+    "dynamic_32_units": {"generator_hidden": 32},
+    "dynamic_random_start": {"random_start": True},
+    "static_equal_params": {"conv_v": "static", "value_branch": True},
+}
+
+
 class VariantStudy(HybridStudy):
-    variant: Literal["none", "static", "dynamic", "static_qk"]  # convolution of a JetBlock
+    variant: Literal[tuple(JETBLOCK_VARIANTS)]  # convolutions of a JetBlock
 
     @property
     def options(self) -> dict:
         """Arguments of `JetBlock`."""
-        if self.variant == "static_qk":
-            return {"conv_v": "static", "conv_qk": True}
-        return {"conv_v": self.variant, "conv_qk": False}
+        return {name: value for name, value in JETBLOCK_VARIANTS[self.variant].items() if name != "conv_size"}
+
+    def block(self, d_model: int) -> BlockDims:
+        """The study's dims with the variant's number of taps, 4 where it names none."""
+        return self.dims.block(d_model, conv_size=JETBLOCK_VARIANTS[self.variant].get("conv_size", 4))
 
 
 class SizeStudy(Study):
@@ -284,6 +321,32 @@ class CompareStudy(Study):
     """A stage that compares the runs of a matrix."""
 
     names: list[str]
+
+
+class CellStudy(Study):
+    """Many short runs that differ in few things: `jetlab.search.cells` lists them by family."""
+
+    family: Literal["blocks", "jetblock", "sizes", "scratch"]
+    training: Training
+    scratch: ScratchTraining  # for family scratch
+    dims: Dims  # of every cell whose family does not vary them
+    state_size: Count  # of every size
+    blocks: list[str]
+    jetblock: list[str]
+    sizes: list[str]
+    teachers: Annotated[list[str], Field(min_length=1)]  # folders
+    seeds: Annotated[list[int], Field(min_length=1)]
+    learning_rates: list[Rate]  # of family blocks, each tried on `tuning_seed`; empty: the training's own
+    tuning_seed: Annotated[int, Field(ge=0)]
+    found: list[int]  # full layers of placement "found"
+    placements: Annotated[list[Literal["found", "none", "uniform"]], Field(min_length=1)]
+    n_workers: Count  # processes side by side
+
+    @model_validator(mode="after")
+    def _seeds_are_fresh(self) -> Self:
+        if self.learning_rates and self.tuning_seed in self.seeds:
+            raise ValueError(f"tuning_seed {self.tuning_seed} chooses the rates, so it must not be among seeds: take another")
+        return self
 
 
 class DistillStudy(Study):

@@ -220,6 +220,27 @@ def bars(
     return fig
 
 
+def dots(
+    groups: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    baselines: Mapping[str, float] | None = None,
+    ax=None,
+):
+    """A dot for every value of a group, in a column each, with a bar at their mean: single runs beside what they average to."""
+    fig, ax = _axes(ax, x_label, y_label, title, categories="x")
+    for index, (name, values) in enumerate(groups.items()):
+        shifts = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [0.0]
+        ax.scatter(index + np.asarray(shifts), values, s=22, color=colour(name, index), zorder=3)
+        ax.hlines(np.mean(values), index - 0.3, index + 0.3, color="#222222", linewidth=1.4, zorder=4)
+    tilt = {"rotation": 35, "ha": "right"} if max(map(len, groups)) * len(groups) > 60 else {}
+    ax.set_xticks(range(len(groups)), list(groups), **tilt)
+    _baselines(ax, baselines)
+    return fig
+
+
 def heat_map(
     matrix: Sequence[Sequence[float]],
     x_labels: Sequence[Any],

@@ -21,8 +21,14 @@ VARIANTS = [
     pytest.param("jetblock", {}, id="jetblock"),
     pytest.param("jetblock", {"conv_v": "static"}, id="jetblock-static"),
     pytest.param("jetblock", {"conv_v": "none"}, id="jetblock-none"),
-    pytest.param("jetblock", {"conv_qk": True, "generator_hidden": 3}, id="jetblock-conv-on-q-and-k"),
-    pytest.param("jetblock", {"conv_v": "none", "conv_qk": True}, id="jetblock-conv-on-q-and-k-alone"),
+    pytest.param(
+        "jetblock", {"conv_q": "static", "conv_k": "static", "generator_hidden": 3}, id="jetblock-conv-on-q-and-k"
+    ),
+    pytest.param("jetblock", {"conv_v": "none", "conv_k": "static"}, id="jetblock-conv-on-k-alone"),
+    pytest.param("jetblock", {"conv_q": "dynamic", "conv_k": "dynamic"}, id="jetblock-all-dynamic"),
+    pytest.param("jetblock", {"conv_v": "static", "conv_q": "dynamic"}, id="jetblock-dynamic-on-q-alone"),
+    pytest.param("jetblock", {"conv_v": "static", "value_branch": True}, id="jetblock-value-branch"),
+    pytest.param("jetblock", {"random_start": True}, id="jetblock-random-start"),
     pytest.param("deltanet", {}, id="deltanet"),
     pytest.param("gla", {}, id="gla"),
     pytest.param("gla", {"low_rank": 3}, id="gla-low-rank"),
@@ -228,7 +234,7 @@ def test_every_weight_learns_within_two_steps(kind, options):
         optimizer.zero_grad()
         mixer(tokens(2, 20).float())[0].square().sum().backward()
         learned |= {name for name, p in mixer.named_parameters() if p.grad.abs().max() > 0}
-        if step == 0 and mixer.state_dict().get("dynamic_conv1d.kernel_generator.w1.weight") is not None:
+        if step == 0 and getattr(mixer, "dynamic_conv1d", None) is not None and not options.get("random_start"):
             generator = mixer.dynamic_conv1d.kernel_generator
             assert generator.w2.weight.grad.abs().max() > 0
             assert generator.w1.weight.grad.abs().max() == 0  # behind w2 = 0: its turn comes at the second step
@@ -247,6 +253,29 @@ def test_jetblock_starts_as_the_same_block_with_a_static_convolution():
         static.v_conv.copy_(bias.view_as(static.v_conv))
     x = tokens(2, 20).float()
     torch.testing.assert_close(dynamic(x)[0], static(x)[0])
+
+
+def test_control_of_the_generator_has_its_parameters_and_starts_as_the_static_block():
+    dims = BlockDims(64, 4, 8, 16)
+    static = {"conv_v": "static"}
+    count = MIXERS["jetblock"].n_params
+    assert count(dims, **static, value_branch=True) == count(dims)
+    assert count(dims) - count(dims, **static) == 64 * 8 + 4 * 64 * 8
+    plain, control = (
+        MIXERS["jetblock"](dims, **static, value_branch=branch, generator=torch.Generator().manual_seed(0))
+        for branch in (False, True)
+    )
+    x = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(plain(x)[0], control(x)[0])
+
+
+def test_random_start_moves_the_kernels_at_once():
+    dims = BlockDims(64, 4, 8, 16)
+    x = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(1))
+    for random_start in (False, True):
+        block = MIXERS["jetblock"](dims, random_start=random_start, generator=torch.Generator().manual_seed(0))
+        spread = block.dynamic_conv1d.kernel_generator(x).std(1).max()
+        assert (spread > 0) == random_start
 
 
 def test_gated_norm_normalises_before_it_gates():
@@ -455,6 +484,8 @@ def test_looking_up_one_kind_imports_no_other():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
+        ("jetblock", {"conv_k": "full"}, r"conv_k must be one of none, static, dynamic, got 'full'"),
+        ("jetblock", {"value_branch": True}, r"value_branch is the control beside conv_v='static', got 'dynamic'"),
         ("jetblock", {"conv_v": "full"}, r"conv_v must be one of none, static, dynamic, got 'full'"),
         ("jetblock", {"generator_hidden": 0}, r"generator_hidden must be at least 1, got 0; use conv_v='static'"),
         ("gla", {"low_rank": 0}, r"low_rank must be at least 1, got 0; the published block has 16"),

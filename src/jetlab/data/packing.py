@@ -32,6 +32,17 @@ class Batch:
         which = {name: torch.nonzero(of_row[row] == index)[:, 0] for index, name in enumerate(names)}
         return row * self.ids.shape[1] + column - 1, self.ids[row, column], which
 
+    def weights(self, of_task: dict[str, float]) -> Tensor:
+        """[B · T]: at the token before an answer's, the weight of its task (1 where not named) over the task's answer tokens.
+
+        0 elsewhere. Σ weights · losses is Σ over tasks of weight · mean loss at the task's answers.
+        """
+        position, _, which = self.targets()
+        weights = torch.zeros(self.ids.numel(), device=self.ids.device)
+        for name, rows in which.items():
+            weights[position[rows]] = of_task.get(name, 1.0) / max(1, len(rows))
+        return weights
+
 
 def pack(examples: Sequence[Example], tokenizer, seq_len: int, names: Sequence[str]) -> Batch:
     """One row an example: context, then prompt and answer of its questions, cut at `seq_len` tokens, padded on the right.

@@ -4,9 +4,11 @@ q, k = SiLU(W_q x), SiLU(W_k x)
 kappa_t = w2 SiLU(w1 x_t) + bias               W taps per token and value channel, made from the block's input
 v_t = SiLU(Σ_j kappa_t[:, j] · (W_v x)_{t-W+1+j})
 o = gated_delta_rule(l2(q), l2(k), v, g, beta)          y = W_o (RMSNorm(o) · SiLU(W_g x))
+
+Every other convolution that the section weighs, and the controls that it leaves out, are options of the same block.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +22,46 @@ from jetlab.layers.projections import is_plain, project
 from jetlab.layers.state import RecurrentState, recurrent_state_bytes
 from jetlab.ops import dynamic_conv, gated_delta_rule, short_conv
 
-CONV_V = ("none", "static", "dynamic")
+Conv = Literal["none", "static", "dynamic"]
+CONVS = get_args(Conv)
+START_STD = 0.02  # of the generator's random weights, as of the released bias
 
 
 class KernelGenerator(nn.Module):
-    """Kernels [B,T,Vd,W] from x [B,T,D] through a bottleneck of R units.
+    """Kernels [B,T,C,W] of C channels from x [B,T,D] through a bottleneck of R units.
 
     `w2` starts at zero and its bias as a static kernel, so the block begins exactly as one with a static convolution;
     `w1` starts at N(0, 0.02²), so w2 has a gradient at the first step and w1 from the second. Were both zero, neither
-    would ever move.
+    would ever move. With `random_start` w2 starts at N(0, 0.02²) too.
     """
 
-    def __init__(self, dims: BlockDims, hidden: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        n_channels: int,
+        conv_size: int,
+        hidden: int,
+        *,
+        random_start: bool = False,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
-        self.conv_size = dims.conv_size
-        self.w1 = bare(nn.Linear, dims.d_model, hidden, bias=False)
-        self.w2 = bare(nn.Linear, hidden, dims.value_dim * dims.conv_size)
-        nn.init.normal_(self.w1.weight, std=0.02, generator=generator)
+        self.conv_size = conv_size
+        self.w1 = bare(nn.Linear, d_model, hidden, bias=False)
+        self.w2 = bare(nn.Linear, hidden, n_channels * conv_size)
+        nn.init.normal_(self.w1.weight, std=START_STD, generator=generator)
         nn.init.zeros_(self.w2.weight)
         with torch.no_grad():
-            self.w2.bias.copy_(short_kernel(dims.value_dim, dims.conv_size, generator).flatten())
+            self.w2.bias.copy_(short_kernel(n_channels, conv_size, generator).flatten())
+        if random_start:
+            nn.init.normal_(self.w2.weight, std=START_STD, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.silu(self.w1(x))
         if hidden.numel() < hidden.shape[-1] ** 2 or not is_plain(self.w2):
             # Few tokens, for which reordering w2 would cost more than it saves, or a layer that must be called.
             return self.w2(hidden).unflatten(-1, (-1, self.conv_size))
-        # Rows of w2 are [Vd, W] with the tap fastest; computing them as [W, Vd] makes every tap contiguous.
+        # Rows of w2 are [C, W] with the tap fastest; computing them as [W, C] makes every tap contiguous.
         weight = self.w2.weight.unflatten(0, (-1, self.conv_size)).transpose(0, 1).flatten(0, 1)
         bias = self.w2.bias.view(-1, self.conv_size).T.flatten()
         kernels = F.linear(hidden, weight, bias)
@@ -54,38 +69,70 @@ class KernelGenerator(nn.Module):
 
 
 class DynamicConv(nn.Module):
-    """Dynamic convolution of v [B,T,Vd] with kernels made from x [B,T,D]."""
+    """Dynamic convolution of v [B,T,C] with kernels made from x [B,T,D]; `options` of `KernelGenerator` after C and W."""
 
-    def __init__(self, dims: BlockDims, hidden: int, generator: torch.Generator | None = None):
+    def __init__(self, d_model: int, n_channels: int, conv_size: int, hidden: int, **options):
         super().__init__()
-        self.kernel_generator = KernelGenerator(dims, hidden, generator)
+        self.kernel_generator = KernelGenerator(d_model, n_channels, conv_size, hidden, **options)
 
     def forward(self, v: Tensor, x: Tensor, **options) -> tuple[Tensor, Tensor]:
         return dynamic_conv(v, self.kernel_generator(x), **options)
+
+
+class ValueBranch(nn.Module):
+    """A static convolution's control at equal parameters: u2 SiLU(u1 x) [B,T,Vd], added to the values before it.
+
+    Its R' = ⌊R (D + W Vd) / (D + Vd)⌉ units give it as many weights as a kernel generator of R units has beyond the
+    static kernel, from the same input, through the same nonlinearity, with the same zero start; only it moves no kernel.
+    """
+
+    def __init__(self, dims: BlockDims, hidden: int, generator: torch.Generator | None = None):
+        super().__init__()
+        units = self.n_units(dims, hidden)
+        self.u1 = bare(nn.Linear, dims.d_model, units, bias=False)
+        self.u2 = bare(nn.Linear, units, dims.value_dim, bias=False)
+        nn.init.normal_(self.u1.weight, std=START_STD, generator=generator)
+        nn.init.zeros_(self.u2.weight)
+
+    @staticmethod
+    def n_units(dims: BlockDims, hidden: int) -> int:
+        D, Vd = dims.d_model, dims.value_dim
+        return max(1, round(hidden * (D + dims.conv_size * Vd) / (D + Vd)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.u2(F.silu(self.u1(x)))
 
 
 class JetBlock(nn.Module):
     """Token mixer with a state of n_heads · head_dim · head_dim_v numbers; x, y [B,T,D].
 
     conv_v           convolution on the values: "dynamic" as published, "static" (one kernel per channel) or "none"
-    conv_qk          static convolution on queries and keys as well; the published block has none
-    generator_hidden units of the kernel generator, Vd // 8 as in the released models if None
-    Raises ValueError if `conv_v` is unknown or `generator_hidden` is not positive.
+    conv_q, conv_k   convolution on the queries and on the keys, likewise; the published block has none
+    generator_hidden units of each kernel generator, Vd // 8 as in the released models if None
+    random_start     the generator's last matrix starts at random instead of at zero
+    value_branch     beside a static `conv_v`: as many further parameters on the values as a generator would have
+    Raises ValueError if a convolution is unknown, `generator_hidden` is not positive, or `value_branch` stands beside
+    another convolution than a static one.
     """
 
     def __init__(
         self,
         dims: BlockDims,
         *,
-        conv_v: Literal["none", "static", "dynamic"] = "dynamic",
-        conv_qk: bool = False,
+        conv_v: Conv = "dynamic",
+        conv_q: Conv = "none",
+        conv_k: Conv = "none",
         generator_hidden: int | None = None,
+        random_start: bool = False,
+        value_branch: bool = False,
         backend: str = "auto",
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        hidden = _generator_hidden(dims, conv_v, generator_hidden)
-        self.dims, self.conv_v, self.backend = dims, conv_v, backend
+        hidden = _generator_hidden(dims, generator_hidden)
+        _check_convs(conv_v, conv_q, conv_k, value_branch)
+        self.dims, self.backend = dims, backend
+        self.conv_q, self.conv_k, self.conv_v = conv_q, conv_k, conv_v
         D, H, Kd, Vd = dims.d_model, dims.n_heads, dims.key_dim, dims.value_dim
         self.q_proj = linear(D, Kd, generator)
         self.k_proj = linear(D, Kd, generator)
@@ -97,13 +144,13 @@ class JetBlock(nn.Module):
         self.o_norm = GatedRMSNorm(dims.head_dim_v)
         self.o_proj = linear(Vd, D, generator, gain=OUTPUT_GAIN)
         # The convolutions are drawn last, so that variants share every other weight at a given seed.
-        self.v_conv = self.qk_conv = self.dynamic_conv1d = None
-        if conv_v == "dynamic":
-            self.dynamic_conv1d = DynamicConv(dims, hidden, generator)
-        elif conv_v == "static":
-            self.v_conv = nn.Parameter(short_kernel(Vd, dims.conv_size, generator))
-        if conv_qk:
-            self.qk_conv = nn.Parameter(short_kernel(2 * Kd, dims.conv_size, generator))
+        options = {"random_start": random_start, "generator": generator}
+        for name, kind, width in (("v", conv_v, Vd), ("q", conv_q, Kd), ("k", conv_k, Kd)):
+            static = nn.Parameter(short_kernel(width, dims.conv_size, generator)) if kind == "static" else None
+            dynamic = DynamicConv(D, width, dims.conv_size, hidden, **options) if kind == "dynamic" else None
+            setattr(self, f"{name}_conv", static)
+            setattr(self, _dynamic(name), dynamic)
+        self.value_branch = ValueBranch(dims, hidden, generator) if value_branch else None
 
     @classmethod
     def from_attention(cls, attention: nn.Module, dims: BlockDims, **options) -> "JetBlock":
@@ -114,21 +161,38 @@ class JetBlock(nn.Module):
 
     @classmethod
     def n_params(
-        cls, dims: BlockDims, *, conv_v: str = "dynamic", conv_qk: bool = False, generator_hidden: int | None = None
+        cls,
+        dims: BlockDims,
+        *,
+        conv_v: Conv = "dynamic",
+        conv_q: Conv = "none",
+        conv_k: Conv = "none",
+        generator_hidden: int | None = None,
+        random_start: bool = False,
+        value_branch: bool = False,
     ) -> int:
-        """D (2 Kd + 3 Vd) + 2 D H + 2 H + V, with R D + W Vd (R + 1) for the generator of R units.
+        """D (2 Kd + 3 Vd) + 2 D H + 2 H + V, plus for each convolution of C channels W C if static, R D + W C (R + 1) if dynamic.
 
-        A static convolution on the values counts W Vd instead, one on queries and keys 2 W Kd more.
+        A `value_branch` of R' units adds R' (D + Vd).
         """
-        R = _generator_hidden(dims, conv_v, generator_hidden)
+        _check_convs(conv_v, conv_q, conv_k, value_branch)
+        R = _generator_hidden(dims, generator_hidden)
         D, H, W, Kd, Vd = dims.d_model, dims.n_heads, dims.conv_size, dims.key_dim, dims.value_dim
-        conv = {"none": 0, "static": W * Vd, "dynamic": R * D + W * Vd * (R + 1)}[conv_v] + 2 * W * Kd * conv_qk
-        return D * (2 * Kd + 3 * Vd) + 2 * D * H + 2 * H + dims.head_dim_v + conv
+        conv = sum(
+            {"none": 0, "static": W * C, "dynamic": R * D + W * C * (R + 1)}[kind]
+            for kind, C in ((conv_v, Vd), (conv_q, Kd), (conv_k, Kd))
+        )
+        branch = value_branch * ValueBranch.n_units(dims, R) * (D + Vd)
+        return D * (2 * Kd + 3 * Vd) + 2 * D * H + 2 * H + dims.head_dim_v + conv + branch
 
     def state_bytes(self, seq_len: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of state per sequence, the same at every length."""
-        channels = (self.conv_v != "none") * self.dims.value_dim + (self.qk_conv is not None) * 2 * self.dims.key_dim
+        widths = {"q": self.dims.key_dim, "k": self.dims.key_dim, "v": self.dims.value_dim}
+        channels = sum(width for name, width in widths.items() if self._kind(name) != "none")
         return recurrent_state_bytes(self.dims, channels, dtype)
+
+    def _kind(self, name: str) -> str:
+        return getattr(self, f"conv_{name}")
 
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
         """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
@@ -136,9 +200,11 @@ class JetBlock(nn.Module):
         H, Kd = self.dims.n_heads, self.dims.key_dim
         layers = ((self.q_proj, self.k_proj), (self.v_proj,), (self.g_proj,), (self.a_proj,), (self.b_proj,))
         qk, v, z, a, b = project(x, *layers)
+        if self.value_branch is not None:
+            v = v + self.value_branch(x)
 
         carried = [] if state is None else list(state.conv)  # in the order of the calls below
-        n_convs = (self.qk_conv is not None) + (self.conv_v != "none")
+        n_convs = sum(self._kind(name) != "none" for name in "qkv")
         if state is not None and len(carried) != n_convs:
             raise ValueError(
                 f"state must come from a JetBlock with as many convolutions, {n_convs}, got one with {len(carried)}; "
@@ -146,30 +212,30 @@ class JetBlock(nn.Module):
             )
         conv = []
 
-        def options():
+        def convolved(name: str, values: Tensor) -> Tensor:
+            kind = self._kind(name)
+            if kind == "none":
+                return F.silu(values)
             past = carried.pop(0) if carried else None
-            return {"state": past, "activation": "silu", "mask": mask, "cu_seqlens": cu_seqlens}
+            options = {"state": past, "activation": "silu", "mask": mask, "cu_seqlens": cu_seqlens}
+            if kind == "static":
+                y, last = short_conv(values, getattr(self, f"{name}_conv").to(x.dtype), **options)
+            else:
+                y, last = getattr(self, _dynamic(name))(values, x, **options)
+            conv.append(last)
+            return y
 
-        if self.qk_conv is None:
-            qk = F.silu(qk)
+        if self.conv_q == self.conv_k == "none":  # one activation for both
+            q, k = F.silu(qk).split(Kd, dim=-1)
         else:
-            qk, last = short_conv(qk, self.qk_conv.to(x.dtype), **options())
-            conv.append(last)
-        if self.conv_v == "none":
-            v = F.silu(v)
-        elif self.conv_v == "static":
-            v, last = short_conv(v, self.v_conv.to(x.dtype), **options())
-            conv.append(last)
-        else:
-            v, last = self.dynamic_conv1d(v, x, **options())
-            conv.append(last)
-
-        q, k = (part.unflatten(-1, (H, -1)) for part in qk.split(Kd, dim=-1))
+            q, k = (convolved(name, part) for name, part in zip("qk", qk.split(Kd, dim=-1), strict=True))
+        v = convolved("v", v)
+        q, k, v = (part.unflatten(-1, (H, -1)) for part in (q, k, v))
         g, beta = decay_and_write(a, b, self.A_log, self.dt_bias, mask)
         o, recurrent = gated_delta_rule(
             q,
             k,
-            v.unflatten(-1, (H, -1)),
+            v,
             g,
             beta,
             state=None if state is None else state.recurrent,
@@ -181,9 +247,23 @@ class JetBlock(nn.Module):
         return y, RecurrentState(recurrent, tuple(conv))
 
 
-def _generator_hidden(dims: BlockDims, conv_v: str, hidden: int | None) -> int:
-    if conv_v not in CONV_V:
-        raise ValueError(f"conv_v must be one of {', '.join(CONV_V)}, got {conv_v!r}; the published block is 'dynamic'")
+def _dynamic(name: str) -> str:
+    """Attribute of a dynamic convolution; that on the values has the name of the released checkpoints."""
+    return "dynamic_conv1d" if name == "v" else f"dynamic_conv1d_{name}"
+
+
+def _check_convs(conv_v: str, conv_q: str, conv_k: str, value_branch: bool) -> None:
+    for name, conv in (("conv_v", conv_v), ("conv_q", conv_q), ("conv_k", conv_k)):
+        if conv not in CONVS:
+            raise ValueError(
+                f"{name} must be one of {', '.join(CONVS)}, got {conv!r}; the published block has a dynamic one on the "
+                "values alone"
+            )
+    if value_branch and conv_v != "static":
+        raise ValueError(f"value_branch is the control beside conv_v='static', got {conv_v!r}; leave one of them out")
+
+
+def _generator_hidden(dims: BlockDims, hidden: int | None) -> int:
     if hidden is None:
         return max(1, dims.value_dim // 8)
     if hidden < 1:

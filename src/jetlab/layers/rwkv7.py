@@ -157,9 +157,10 @@ class RWKV7(nn.Module):
         """
         x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H, core = self.dims.n_heads, core_dtype(x)
+        only_before = F.pad(x.new_ones(x.shape[-1], 1), (0, 1))  # taps 1, 0
         previous, last = short_conv(
             x,
-            x.new_tensor([1.0, 0.0]).expand(x.shape[-1], 2),  # nothing but the token before, across calls and padding
+            only_before,  # across calls and padding
             state=None if state is None else state.conv[0],
             mask=mask,
             cu_seqlens=cu_seqlens,

@@ -100,7 +100,7 @@ def train_gates(
         position, _, which = batch.targets()
 
         def answers() -> Tensor:
-            return model.lm_head(forward(model, batch)[0].flatten(0, 1)[position])
+            return model.lm_head(forward(model, batch.ids)[0].flatten(0, 1)[position])
 
         with torch.no_grad():
             teacher = answers()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from jetlab.config import DistillStudy
 from jetlab.data.packing import Mixture
@@ -11,9 +12,10 @@ from jetlab.evaluate.suite import Score, exam
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
 from jetlab.tasks import build_tasks
+from jetlab.train.captured import FixedShapes
 from jetlab.train.hybrid import HybridRun, train_hybrid
 from jetlab.train.loop import Resume, adamw, file_digest, fit
-from jetlab.train.losses import distillation_loss
+from jetlab.train.losses import distillation_loss, weighted_distillation_loss
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class DistillRun:
     def save(self, folder: str | Path, **options) -> None:
         """Write the model as a Hugging Face folder."""
         surgery.save(self.hybrid.model, Path(folder), self.hybrid.tokenizer, dims=self.hybrid.dims, **options)
+
+
+def last_hidden(model, ids: Tensor) -> Tensor:
+    """Hidden states after the final norm, [B · T, D]."""
+    return model.model(input_ids=ids, use_cache=False)[0].flatten(0, 1)
 
 
 def distill(
@@ -50,17 +57,28 @@ def distill(
     mixture = Mixture(build_tasks(study.tasks.sizes), training.rows, run.tokenizer, study.tasks.seq_len, seed + 1)
     model.requires_grad_(True).train()
 
+    def tokens(step: int) -> dict[str, float]:
+        return {"tokens": (step + 1) * mixture.tokens_per_step}
+
     def loss_at(step: int):
         batch = mixture.batch(step).to(study.common.device)
         position, _, which = batch.targets()
         with torch.no_grad():
-            expected = reference.lm_head(
-                reference.model(input_ids=batch.ids, use_cache=False)[0].flatten(0, 1)[position]
-            )
-        student = model.lm_head(model.model(input_ids=batch.ids, use_cache=False)[0].flatten(0, 1)[position])
-        return distillation_loss(student, expected, which, training.weights), {
-            "tokens": (step + 1) * mixture.tokens_per_step
-        }
+            expected = reference.lm_head(last_hidden(reference, batch.ids)[position])
+        student = model.lm_head(last_hidden(model, batch.ids)[position])
+        return distillation_loss(student, expected, which, training.weights), tokens(step)
+
+    def inputs_at(step: int) -> tuple[Tensor, Tensor]:
+        batch = mixture.batch(step)
+        return batch.ids, batch.weights(training.weights)
+
+    def loss_of(ids: Tensor, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = reference.lm_head(last_hidden(reference, ids))
+        return weighted_distillation_loss(model.lm_head(last_hidden(model, ids)), expected, weight)
+
+    if study.common.device == "cuda":
+        loss_at = FixedShapes(inputs_at, loss_of, tokens)
 
     key = [study.model_dump(), layers, kind, str(dims), options, file_digest(Path(teacher) / "model.safetensors")]
     resume = Resume("distill-stage-2", key)

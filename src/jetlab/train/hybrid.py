@@ -65,7 +65,15 @@ def train_hybrid(
     key = [study.model_dump(), training.model_dump(), kinds, str(dims), options, digest]
     history = train_paths(model, mixture, fixed_law(kinds), training, label=label, resume_key=key)
     surgery.prune(model, kinds)
-    blocks = [surgery.slots(model)[layer].paths[kind] for layer in linear]
+    return measured(study, model, tokenizer, dims, history)
+
+
+def measured(
+    study: Study, model: PreTrainedModel, tokenizer, dims: BlockDims, history: list[dict]
+) -> HybridRun:
+    """The scores and the size of a trained hybrid with one path a layer."""
+    seed = study.common.seed
+    blocks = [path for slot in surgery.slots(model) for path in slot.linear.values()]
     return HybridRun(
         model,
         tokenizer,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from jetlab.paths import ROOT, replacing, resolve
 from jetlab.progress import progress
+from jetlab.train.captured import Captured, FixedShapes
 
 CHECKPOINT_SECONDS = 15.0  # at most so much work is lost by a kill
 
@@ -80,19 +81,22 @@ def adamw(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.98),
 ) -> torch.optim.Optimizer:
-    """AdamW in which vectors (norms, biases, decays) take no weight decay."""
+    """AdamW in which vectors (norms, biases, decays) take no weight decay; on a GPU one that a graph can capture."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    if parameters and parameters[0].is_cuda:
+        rate = torch.tensor(learning_rate, device=parameters[0].device)
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True, capturable=True)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, foreach=True)
 
 
 def fit(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     optimisers: Sequence[torch.optim.Optimizer],
-    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]] | FixedShapes,
     *,
     n_steps: int,
     label: str,
@@ -104,7 +108,7 @@ def fit(
 ) -> list[dict]:
     """Train for `n_steps` steps; returns one record per `log_every` steps: step, mean loss and what `loss_at` adds.
 
-    `loss_at(step)` returns the loss and numbers to log. The learning rates that the optimisers come with are peaks, which
+    `loss_at(step)` returns the loss and numbers to log; in the form of `FixedShapes` a GPU replays it. The learning rates that the optimisers come with are peaks, which
     `schedule` scales. Gradients are clipped to norm `clip`. `measure(n)` after n steps, where a record is due, adds to it.
     Raises TrainingDiverged when the loss is not finite, with the step and the way out.
     """
@@ -114,23 +118,18 @@ def fit(
             "nothing to train: no parameter requires a gradient; wrap or convert the model, then freeze it"
         )
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
-    peaks = [group["lr"] for group in groups]
+    peaks = [float(group["lr"]) for group in groups]
     first, history = _restore(resume, parameters, optimisers)
+    advance = _stepper(loss_at, list(parameters.values()), optimisers, clip)
     saved_at = time.monotonic()
     pending: list[Tensor] = []
     with progress(n_steps, label) as bar:
         bar.update(first)
         for step in range(first, n_steps):
             for group, peak in zip(groups, peaks, strict=True):
-                group["lr"] = peak * schedule(step, n_steps, warmup)
-            loss, extra = loss_at(step)
-            for optimiser in optimisers:
-                optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
-            for optimiser in optimisers:
-                optimiser.step()
-            pending.append(loss.detach())
+                _set_rate(group, peak * schedule(step, n_steps, warmup))
+            loss, extra = advance(step)
+            pending.append(loss)
             if (step + 1) % log_every and step + 1 < n_steps:
                 continue
             mean = float(torch.stack(pending).mean())
@@ -146,6 +145,45 @@ def fit(
                 resume.save(step + 1, _tensors(parameters, optimisers), history)
                 saved_at = time.monotonic()
     return history
+
+
+def _stepper(
+    loss_at: Callable | FixedShapes,
+    parameters: list[nn.Parameter],
+    optimisers: Sequence[torch.optim.Optimizer],
+    clip: float,
+) -> Callable[[int], tuple[Tensor, dict[str, float]]]:
+    """From a step's number to its loss and what it logs, with the weights moved."""
+    fixed = loss_at if isinstance(loss_at, FixedShapes) else None
+    if fixed is not None and parameters[0].is_cuda:
+        captured = []
+
+        def replay(step: int):
+            inputs = fixed.inputs_at(step)
+            if not captured:
+                captured.append(Captured(fixed.loss_of, inputs, parameters, optimisers, clip))
+            return captured[0](inputs), fixed.log_at(step)
+
+        return replay
+
+    def advance(step: int):
+        loss, extra = loss_at(step) if fixed is None else (fixed.loss_of(*fixed.inputs_at(step)), fixed.log_at(step))
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        for optimiser in optimisers:
+            optimiser.step()
+        return loss.detach(), extra
+
+    return advance
+
+
+def _set_rate(group: dict, rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)  # a captured step reads this tensor
+    else:
+        group["lr"] = rate
 
 
 def _tensors(parameters: dict[str, nn.Parameter], optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -172,7 +210,7 @@ def _restore(
         for name, p in parameters.items():
             p.copy_(state[name].pop("value"))
             if state[name]:
-                owner[id(p)].state[p] = {key: x if key == "step" else x.to(p.device) for key, x in state[name].items()}
+                owner[id(p)].state[p] = {key: x.to(p.device) for key, x in state[name].items()}
     return step, history
 
 

@@ -22,6 +22,20 @@ def distillation_loss(student: Tensor, teacher: Tensor, which: dict[str, Tensor]
     return sum(weights.get(name, 1.0) * divergence[rows].mean() for name, rows in which.items())
 
 
+def weighted_distillation_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """Σ weight · KL(teacher ‖ student), weight [N] at logits [N, vocabulary]: with `Batch.weights` the `distillation_loss`.
+
+    The same sum in shapes that do not depend on how many answers a batch holds, as a captured step needs them.
+    """
+    student, teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return (weight * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)).sum()
+
+
+def weighted_answer_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Σ weight · cross-entropy, in nats; weight, target [N]: with `Batch.weights` the `answer_loss`."""
+    return (weight * F.cross_entropy(logits.float(), target, reduction="none")).sum()
+
+
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """‖s − t‖² / ‖t‖² over all tokens and channels: 0 is a perfect copy, 1 is as good as a zero output."""
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)

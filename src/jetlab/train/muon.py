@@ -42,10 +42,10 @@ class Muon(torch.optim.Muon):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         towards = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
         update = orthogonalised(torch.stack(towards), group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+        rate = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5  # a tensor where a captured step reads it
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(update.to(parameters[0].dtype).unbind()), alpha=-rate)
+        torch._foreach_sub_(parameters, list((rate * update.to(parameters[0].dtype)).unbind()))
 
 
 def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], n_steps: int, eps: float) -> Tensor:

@@ -14,8 +14,9 @@ from jetlab.config import Training
 from jetlab.data.packing import Batch, Mixture
 from jetlab.models.surgery import LayerKinds, activate, decoder, freeze, recorded, slots
 from jetlab.seeding import rng
+from jetlab.train.captured import FixedShapes
 from jetlab.train.loop import Resume, adamw, fit, merge
-from jetlab.train.losses import distillation_loss, feature_loss
+from jetlab.train.losses import distillation_loss, feature_loss, weighted_distillation_loss
 
 Law = Callable[[int], LayerKinds]
 """From the number of a step to the architecture that it trains."""
@@ -67,9 +68,9 @@ def fixed_law(kinds: LayerKinds) -> Law:
     return lambda step: kinds
 
 
-def forward(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Hidden states after the final norm, and those after every layer, each [B, T, D]; of the last layer both are normed."""
-    out = decoder(model)(input_ids=batch.ids, use_cache=False, output_hidden_states=True)
+    out = decoder(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
     return out.last_hidden_state, out.hidden_states[1:]
 
 
@@ -94,7 +95,8 @@ def train_paths(
     path's, both on the teacher's input of that layer. Then `n_steps` steps of the architecture that `law` gives:
     `feature_weight` · mean_l ‖h_l − h_l^T‖² / ‖h_l^T‖² + `logit_weight` · Σ_tasks weight · KL(teacher ‖ student) at the
     answers, with h_l the hidden states after layer l, those of the last layer after the final norm (`forward`). A term of
-    weight 0 is not computed. `measure(step)`, after logged steps end to end, adds to the curve.
+    weight 0 is not computed. `measure(step)`, after logged steps end to end, adds to the curve. On a GPU steps are captured
+    and replayed where each does the same work: the local ones, and the others under a law of a single architecture.
     With a `resume_key` a run that was killed goes on where it was.
     """
     n_local = training.n_local
@@ -105,31 +107,62 @@ def train_paths(
     linear = [slot.linear for slot in found]
     model.train()
 
-    def teacher(batch: Batch):
+    def batch_at(step: int) -> Batch:
+        return mixture.batch(n_local + step, difficulty(training.growth * training.n_steps, step))
+
+    def tokens(step: int) -> dict[str, float]:
+        return {"tokens": (n_local + step + 1) * mixture.tokens_per_step}
+
+    def teacher(ids: Tensor):
         activate(model, all_full)
         with torch.no_grad(), recorded(model) as tape:
-            return *forward(model, batch), list(tape)
+            return *forward(model, ids), list(tape)
 
-    def local(step: int):
-        _, _, tape = teacher(mixture.batch(step).to(device))
+    def local_loss(ids: Tensor) -> Tensor:
+        _, _, tape = teacher(ids)
         pairs, shared = zip(linear, tape, strict=True), {}  # shared by the layers, as in a call of the model
         losses = [feature_loss(path(x, shared=shared)[0], y) for paths, (x, y) in pairs for path in paths.values()]
-        return torch.stack(losses).mean(), {}
+        return torch.stack(losses).mean()
 
-    def end_to_end(step: int):
-        batch = mixture.batch(n_local + step, difficulty(training.growth * training.n_steps, step)).to(device)
-        last_t, features_t, _ = teacher(batch)
-        activate(model, law(step))
-        last, features = forward(model, batch)
+    def path_loss(ids: Tensor, kinds: LayerKinds, answers: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        last_t, features_t, _ = teacher(ids)
+        activate(model, kinds)
+        last, features = forward(model, ids)
         loss = last.new_zeros(())
         if training.feature_weight:
             pairs = zip(features, features_t, strict=True)
             loss = loss + training.feature_weight * torch.stack([feature_loss(s, t) for s, t in pairs]).mean()
         if training.logit_weight:
+            loss = loss + training.logit_weight * answers(last.flatten(0, 1), last_t.flatten(0, 1))
+        return loss
+
+    def local(step: int):
+        return local_loss(mixture.batch(step).ids.to(device)), {}
+
+    def end_to_end(step: int):
+        batch = batch_at(step).to(device)
+
+        def answers(last: Tensor, last_t: Tensor) -> Tensor:
             position, _, which = batch.targets()
-            student, expected = (model.lm_head(h.flatten(0, 1)[position]) for h in (last, last_t))
-            loss = loss + training.logit_weight * distillation_loss(student, expected, which, training.weights)
-        return loss, {"tokens": (n_local + step + 1) * mixture.tokens_per_step}
+            student, expected = (model.lm_head(h[position]) for h in (last, last_t))
+            return distillation_loss(student, expected, which, training.weights)
+
+        return path_loss(batch.ids, law(step), answers), tokens(step)
+
+    def end_to_end_inputs(step: int) -> tuple[Tensor, Tensor]:
+        batch = batch_at(step)
+        return batch.ids, batch.weights(training.weights)
+
+    def end_to_end_loss(ids: Tensor, weight: Tensor) -> Tensor:
+        def answers(last: Tensor, last_t: Tensor) -> Tensor:
+            return weighted_distillation_loss(model.lm_head(last), model.lm_head(last_t), weight)
+
+        return path_loss(ids, law(0), answers)
+
+    if device.type == "cuda":
+        local = FixedShapes(lambda step: (mixture.batch(step).ids,), local_loss)
+        if len({law(step) for step in range(training.n_steps)}) == 1:
+            end_to_end = FixedShapes(end_to_end_inputs, end_to_end_loss, tokens)
 
     history, checkpoints = [], []
     for phase, loss_at, steps in (("local", local, n_local), ("end to end", end_to_end, training.n_steps)):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -99,6 +100,20 @@ class _Steps(Dataset):
         return self.mixture.batch(step, difficulty=difficulty(self.growth * self.n_steps, step))
 
 
+def muon_and_adamw(
+    model: PreTrainedModel, muon_learning_rate: float, learning_rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of linear maps inside the layers, AdamW for embeddings, norms, biases, kernels and gates."""
+    maps = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+    matrices = [module.weight for module in maps]
+    chosen = set(map(id, matrices))
+    rest = adamw((p for p in model.parameters() if id(p) not in chosen), learning_rate, weight_decay=0.01)
+    rate = muon_learning_rate
+    if matrices[0].is_cuda:
+        rate = torch.tensor(rate, device=matrices[0].device)  # which a captured step can read
+    return [Muon(matrices, lr=rate, momentum=0.95, weight_decay=0.0), rest]
+
+
 def train_teacher(
     config: Qwen2Config,
     mixture: Mixture,
@@ -134,12 +149,7 @@ def train_teacher(
     if torch.device(device).type == "cuda":  # a small model waits for launches: one compiled layer serves all
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    chosen = set(map(id, matrices))
-    optimisers = [
-        Muon(matrices, lr=muon_learning_rate, momentum=0.95, weight_decay=0.0),
-        adamw((p for p in model.parameters() if id(p) not in chosen), learning_rate, weight_decay=0.01),
-    ]
+    optimisers = muon_and_adamw(model, muon_learning_rate, learning_rate)
     steps = _Steps(mixture, n_steps, growth)
     feed = iter(DataLoader(steps, batch_size=None, num_workers=n_workers)) if n_workers else None
 

@@ -1,0 +1,166 @@
+"""Many short runs that differ in few things, side by side: what the comparisons of blocks, options and widths rest on.
+
+A replicate is a teacher with a seed, which draws data, initial values and the examples of every split; within one all
+cells see the same data in the same order and answer the same test examples, so differences are paired within it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from jetlab.config import JETBLOCK_VARIANTS, CellStudy, VariantStudy, parse_size
+from jetlab.evaluate.compare import metric_name
+from jetlab.layers import MIXERS
+from jetlab.layers.dims import BlockDims
+from jetlab.models import surgery
+from jetlab.parallel import parallel_map
+from jetlab.search.selectors import uniform
+from jetlab.tasks import SCORED
+from jetlab.train.hybrid import HybridRun, train_hybrid
+from jetlab.train.loop import TrainingDiverged
+from jetlab.train.scratch import train_from_scratch
+
+EQUAL = ("state", "params")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `name` is what is compared, `equal` what its dims hold fixed over names."""
+
+    name: str
+    placement: str  # "found", "none" or "uniform"
+    equal: str
+    kind: str
+    dims: BlockDims
+    options: dict
+    layers: tuple[int, ...]
+    learning_rate: float
+    teacher: str
+    seed: int
+
+
+def list_cells(study: CellStudy, n_layers: int, d_model: int) -> list[Cell]:
+    """All cells of the study's family but for teachers, seeds and rates: those of its first ones."""
+    full = {"found": tuple(study.found), "none": (), "uniform": uniform(n_layers, max(1, len(study.found)))}
+    dims = study.dims.block(d_model)
+    rate = study.scratch.learning_rate if study.family == "scratch" else study.training.learning_rate
+    common = {"learning_rate": rate, "teacher": study.teachers[0], "seed": study.seeds[0]}
+    match study.family:
+        case "blocks":
+            target = MIXERS["jetblock"].n_params(dims)
+            shapes = [
+                (kind, equal, kind, dims if equal == "state" else nearest_params(kind, dims, target, n_layers), {})
+                for kind in study.blocks
+                for equal in EQUAL
+            ]
+        case "scratch":
+            shapes = [(kind, "state", kind, dims, {}) for kind in study.blocks]
+        case "jetblock":
+            shapes = []
+            for name in study.jetblock:
+                variant = VariantStudy.from_params(
+                    common=study.common, tasks=study.tasks, dims=study.dims, training=study.training, variant=name
+                )
+                shapes.append((name, "state", "jetblock", variant.block(d_model), variant.options))
+        case "sizes":
+            shapes = [(size, "state", "jetblock", parse_size(size).block(d_model), {}) for size in study.sizes]
+    return [
+        Cell(name, placement, equal, kind, own, options, full[placement], **common)
+        for placement in study.placements
+        for name, equal, kind, own, options in shapes
+    ]
+
+
+def replicated(cells: Sequence[Cell], study: CellStudy) -> list[Cell]:
+    """Every cell for every teacher and seed."""
+    return [
+        replace(cell, teacher=teacher, seed=seed) for teacher in study.teachers for seed in study.seeds for cell in cells
+    ]
+
+
+def nearest_params(kind: str, dims: BlockDims, n_params: int, n_layers: int) -> BlockDims:
+    """`dims` with the value width of a head for which a block of `kind` comes closest to `n_params` parameters.
+
+    Key width and heads stay; the state then differs. Counted on the block itself, as it stands in the second of
+    `n_layers` layers.
+    """
+    depth = {"layer_idx": 1, "n_layers": n_layers, "first": False}
+    options = depth if getattr(MIXERS[kind], "depends_on_depth", False) else {}
+
+    def distance(width: int) -> int:
+        mixer = MIXERS[kind](replace(dims, head_dim_v=width), **options)
+        return abs(sum(p.numel() for p in mixer.parameters()) - n_params)
+
+    return replace(dims, head_dim_v=min(range(1, 8 * dims.head_dim_v), key=distance))
+
+
+def run_cells(study: CellStudy, cells: Sequence[Cell]) -> list[dict]:
+    """Train and score every cell, `study.n_workers` side by side; a row each, in order.
+
+    A row has the fields of the cell, `params`, `block_params`, `state_bytes`, the last `loss`, and for each task its score
+    on split `test` (`{task}`) with the loss of the right answer (`{task}_loss`), and on `select` (`{task}_select`). A
+    run that diverges leaves its scores blank.
+    """
+    return parallel_map(partial(_run, study), cells, n_workers=study.n_workers)
+
+
+def _run(study: CellStudy, cell: Cell) -> dict:
+    own = study.model_copy(update={"common": study.common.model_copy(update={"seed": cell.seed})})
+    args = (cell.teacher, cell.layers, cell.kind, cell.dims)
+    options = {"label": f"{cell.name}, {cell.placement}", "options": cell.options}
+    row = {
+        "name": cell.name,
+        "placement": cell.placement,
+        "equal": cell.equal,
+        "kind": cell.kind,
+        "teacher": cell.teacher.rsplit("/", 1)[-1],
+        "seed": cell.seed,
+        "learning_rate": cell.learning_rate,
+        "n_heads": cell.dims.n_heads,
+        "head_dim": cell.dims.head_dim,
+        "head_dim_v": cell.dims.head_dim_v,
+        "conv_size": cell.dims.conv_size,
+    }
+    try:
+        if study.family == "scratch":
+            training = study.scratch.model_copy(update={"learning_rate": cell.learning_rate})
+            run = train_from_scratch(own, training, *args, **options)
+        else:
+            training = study.training.model_copy(update={"learning_rate": cell.learning_rate})
+            run = train_hybrid(own, training, *args, **options)
+    except TrainingDiverged:
+        return row
+    return row | _scores(run)
+
+
+def _scores(run: HybridRun) -> dict:
+    row = {"params": run.n_params, "block_params": run.block_params, "state_bytes": run.state_bytes}
+    row["loss"] = run.history[-1]["loss"]
+    for task, score in run.scores.items():
+        row |= {metric_name(task): score.value, f"{task}_loss": -score.neg_loss}
+        row[f"{task}_select"] = run.selection[task].value
+    return row
+
+
+def best_rates(rows: Sequence[dict]) -> dict[tuple[str, str, str], float]:
+    """(name, placement, equal) -> the learning rate with the highest mean of the scored tasks on split `select`.
+
+    The mean is over the replicates of `rows`; a rate at which one of them diverged is out.
+    """
+    scores: dict[tuple, dict[float, list[float]]] = {}
+    for row in rows:
+        value = float(np.mean([row.get(f"{task}_select", np.nan) for task in SCORED]))
+        key = (row["name"], row["placement"], row["equal"])
+        scores.setdefault(key, {}).setdefault(row["learning_rate"], []).append(value)
+    means = {key: {rate: float(np.mean(values)) for rate, values in by_rate.items()} for key, by_rate in scores.items()}
+    return {
+        key: max(by_rate, key=lambda rate: (-np.inf if np.isnan(by_rate[rate]) else by_rate[rate], -rate))
+        for key, by_rate in means.items()
+    }
+
+
+def tuned(cells: Sequence[Cell], rates: dict[tuple[str, str, str], float]) -> list[Cell]:
+    """The cells at the rates of `best_rates`."""
+    return [replace(cell, learning_rate=rates[cell.name, cell.placement, cell.equal]) for cell in cells]
