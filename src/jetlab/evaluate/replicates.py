@@ -89,7 +89,7 @@ def spread(cells: pd.DataFrame, columns: Sequence[str]) -> list[dict]:
     """A row for each placement and column: standard deviations over the seeds of a teacher, in the unit of the score.
 
     `one_run`: of a single score, pooled over names and teachers. `difference`: of the difference of two names within a
-    replicate, pooled over pairs of names and teachers.
+    replicate, pooled over pairs of names and teachers. Blank where no teacher has two seeds.
     """
     rows = []
     for placement, group in cells.groupby("placement", sort=False):
@@ -97,14 +97,16 @@ def spread(cells: pd.DataFrame, columns: Sequence[str]) -> list[dict]:
             wide = table(group, column)
             single, paired = [], []
             for _, own in wide.groupby(level="teacher"):
+                if len(own) < 2:
+                    continue
                 single += [own[name].var(ddof=1) for name in wide]
                 paired += [(own[a] - own[b]).var(ddof=1) for a, b in combinations(wide, 2)]
             rows.append(
                 {
                     "placement": placement,
                     "score": column,
-                    "one_run": float(np.sqrt(np.nanmean(single))),
-                    "difference": float(np.sqrt(np.nanmean(paired))),
+                    "one_run": float(np.sqrt(np.mean(single))) if single else None,
+                    "difference": float(np.sqrt(np.mean(paired))) if paired else None,
                 }
             )
     return rows

@@ -144,23 +144,21 @@ def _scores(run: HybridRun) -> dict:
     return row
 
 
-def best_rates(rows: Sequence[dict]) -> dict[tuple[str, str, str], float]:
-    """(name, placement, equal) -> the learning rate with the highest mean of the scored tasks on split `select`.
+def best_rates(rows: Sequence[dict]) -> dict[tuple[str, str], float]:
+    """(name, placement) -> the learning rate with the highest mean of the scored tasks on split `select`.
 
     The mean is over the replicates of `rows`; a rate at which one of them diverged is out.
     """
     scores: dict[tuple, dict[float, list[float]]] = {}
     for row in rows:
-        value = float(np.mean([row.get(f"{task}_select", np.nan) for task in SCORED]))
-        key = (row["name"], row["placement"], row["equal"])
-        scores.setdefault(key, {}).setdefault(row["learning_rate"], []).append(value)
-    means = {key: {rate: float(np.mean(values)) for rate, values in by_rate.items()} for key, by_rate in scores.items()}
+        value = float(np.mean([row.get(f"{task}_select", -np.inf) for task in SCORED]))
+        by_rate = scores.setdefault((row["name"], row["placement"]), {})
+        by_rate.setdefault(row["learning_rate"], []).append(value)
     return {
-        key: max(by_rate, key=lambda rate: (-np.inf if np.isnan(by_rate[rate]) else by_rate[rate], -rate))
-        for key, by_rate in means.items()
+        key: max(by_rate, key=lambda rate: (float(np.mean(by_rate[rate])), -rate)) for key, by_rate in scores.items()
     }
 
 
-def tuned(cells: Sequence[Cell], rates: dict[tuple[str, str, str], float]) -> list[Cell]:
+def tuned(cells: Sequence[Cell], rates: dict[tuple[str, str], float]) -> list[Cell]:
     """The cells at the rates of `best_rates`."""
-    return [replace(cell, learning_rate=rates[cell.name, cell.placement, cell.equal]) for cell in cells]
+    return [replace(cell, learning_rate=rates[cell.name, cell.placement]) for cell in cells]
