@@ -326,9 +326,12 @@ class CompareStudy(Study):
 class CellStudy(Study):
     """Many short runs that differ in few things: `jetlab.search.cells` lists them by family."""
 
-    family: Literal["blocks", "jetblock", "sizes", "scratch"]
-    training: Training
+    family: Literal["blocks", "jetblock", "sizes", "scratch", "final"]
+    training: Training  # of linear layers alone; of family final the first stage
     scratch: ScratchTraining  # for family scratch
+    stage2_steps: Count  # for family final, all weights
+    stage2_learning_rate: Rate
+    lengths: list[Annotated[int, Field(ge=0)]]  # for family final: characters of plain text that stretch a context
     dims: Dims  # of every cell whose family does not vary them
     state_size: Count  # of every size
     blocks: list[str]
@@ -365,6 +368,8 @@ class DistillStudy(Study):
 class EvaluateStudy(Study):
     n_lm_eval: Count  # contexts per task that lm-eval scores beside our own scorer
     n_samples: Count  # generated samples per task
+    lengths: list[Annotated[int, Field(ge=0)]]  # characters of plain text that stretch a context
+    n_length_contexts: Count  # contexts per task, length and place of the text
 
 
 class ThroughputStudy(StudyModel):

@@ -1,9 +1,30 @@
 """How dynamic a dynamic convolution has become: does its kernel depend on the token, or is it one kernel for all?"""
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from jetlab.models.surgery import recorded, slots
+
+
+@torch.no_grad()
+def kernels_of(model: PreTrainedModel, tokenizer, text: str) -> tuple[list[str], dict[int, Tensor]]:
+    """The tokens of `text`, and layer -> the kernels κ [T, C, W] that its JetBlock makes on them; the last tap is the token."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    with recorded(model) as tape:
+        model.model(input_ids=torch.tensor([ids], device=next(model.parameters()).device), use_cache=False)
+    made = {}
+    for layer, (slot, (x, _)) in enumerate(zip(slots(model), tape, strict=True)):
+        conv = getattr(slot.paths[slot.active], "dynamic_conv1d", None)
+        if conv is not None:
+            made[layer] = conv.kernel_generator(x)[0]
+    return [tokenizer.decode([i]).strip() for i in ids], made
+
+
+def tap_shares(kernels: Tensor) -> Tensor:
+    """Share of each tap in a token's kernel, mean over channels of |κ_j| / Σ_j |κ_j|: [T, W] from κ [T, C, W], rows sum to 1."""
+    size = kernels.abs()
+    return (size / size.sum(-1, keepdim=True).clamp(min=1e-12)).mean(1)
 
 
 @torch.no_grad()
@@ -13,13 +34,11 @@ def kernel_motion(model: PreTrainedModel, tokenizer, text: str) -> list[dict]:
     motion = mean_{c,j} sd_t(κ_{t,c,j}) / mean_{t,c,j} |κ_{t,c,j}| of the kernels κ [T, C, W] that JetBlock makes: 0 for a
     kernel that is the same at every token. Blank (None) in a layer that makes no kernels.
     """
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], device=next(model.parameters()).device)
-    with recorded(model) as tape:
-        model.model(input_ids=ids, use_cache=False)
-    rows = []
-    for layer, (slot, (x, _)) in enumerate(zip(slots(model), tape, strict=True)):
-        conv = getattr(slot.paths[slot.active], "dynamic_conv1d", None)
-        kernels = None if conv is None else conv.kernel_generator(x)[0]
-        motion = None if kernels is None else float(kernels.std(0).mean() / kernels.abs().mean())
-        rows.append({"layer": layer, "motion": motion})
-    return rows
+    _, made = kernels_of(model, tokenizer, text)
+    return [
+        {
+            "layer": layer,
+            "motion": float(made[layer].std(0).mean() / made[layer].abs().mean()) if layer in made else None,
+        }
+        for layer in range(len(slots(model)))
+    ]

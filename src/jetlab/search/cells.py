@@ -10,14 +10,18 @@ from functools import partial
 
 import numpy as np
 
-from jetlab.config import JETBLOCK_VARIANTS, CellStudy, VariantStudy, parse_size
+from jetlab.config import CellStudy, DistillStudy, VariantStudy, parse_size
 from jetlab.evaluate.compare import metric_name
+from jetlab.evaluate.controls import switched_off
+from jetlab.evaluate.lengths import over_lengths
+from jetlab.evaluate.suite import exam
 from jetlab.layers import MIXERS
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
 from jetlab.parallel import parallel_map
 from jetlab.search.selectors import uniform
 from jetlab.tasks import SCORED
+from jetlab.train.distill import distill
 from jetlab.train.hybrid import HybridRun, train_hybrid
 from jetlab.train.loop import TrainingDiverged
 from jetlab.train.scratch import train_from_scratch
@@ -66,6 +70,8 @@ def list_cells(study: CellStudy, n_layers: int, d_model: int) -> list[Cell]:
                 shapes.append((name, "state", "jetblock", variant.block(d_model), variant.options))
         case "sizes":
             shapes = [(size, "state", "jetblock", parse_size(size).block(d_model), {}) for size in study.sizes]
+        case "final":
+            shapes = [("hybrid", "state", "jetblock", dims, {})]
     return [
         Cell(name, placement, equal, kind, own, options, full[placement], **common)
         for placement in study.placements
@@ -101,7 +107,9 @@ def run_cells(study: CellStudy, cells: Sequence[Cell]) -> list[dict]:
 
     A row has the fields of the cell, `params`, `block_params`, `state_bytes`, the last `loss`, and for each task its score
     on split `test` (`{task}`) with the loss of the right answer (`{task}_loss`), and on `select` (`{task}_select`). A
-    run that diverges leaves its scores blank.
+    run that diverges leaves its scores blank. Family final adds for each task its score after stage 1
+    (`{task}_stage1`), with a part switched off (`{task}_{part}_{way}`, `controls.switched_off`), the teacher's
+    (`{task}_teacher`), and those of both on stretched contexts (`{task}_{place}_{characters}`, with `_teacher` behind).
     """
     return parallel_map(partial(_run, study), cells, n_workers=study.n_workers)
 
@@ -124,6 +132,8 @@ def _run(study: CellStudy, cell: Cell) -> dict:
         "conv_size": cell.dims.conv_size,
     }
     try:
+        if study.family == "final":
+            return row | _final(own, cell, options)
         if study.family == "scratch":
             training = study.scratch.model_copy(update={"learning_rate": cell.learning_rate})
             run = train_from_scratch(own, training, *args, **options)
@@ -133,6 +143,35 @@ def _run(study: CellStudy, cell: Cell) -> dict:
     except TrainingDiverged:
         return row
     return row | _scores(run)
+
+
+def _final(study: CellStudy, cell: Cell, options: dict) -> dict:
+    """Both stages of the final model, then everything that notebook 08 asks of it."""
+    two_stages = DistillStudy(
+        common=study.common,
+        tasks=study.tasks,
+        dims=study.dims,
+        block=cell.kind,
+        stage1=study.training,
+        stage2_steps=study.stage2_steps,
+        stage2_learning_rate=study.stage2_learning_rate,
+    )
+    run = distill(two_stages, cell.teacher, cell.layers, cell.kind, cell.dims, options=cell.options)
+    model, tokenizer, seed = run.hybrid.model, run.hybrid.tokenizer, study.common.seed
+    teacher = surgery.attach(surgery.load(cell.teacher, device=study.common.device)[0])
+    row = _scores(run.hybrid) | {metric_name(task): score.value for task, score in run.stage2.items()}
+    row |= {f"{task}_stage1": score.value for task, score in run.stage1.items()}
+    known = exam(study.tasks, tokenizer, "test", seed).score(teacher)
+    row |= {f"{task}_teacher": score.value for task, score in known.items()}
+    for (part, way), scores in switched_off(model, tokenizer, study.tasks, seed).items():
+        row |= {f"{task}_{part}_{way}": score.value for task, score in scores.items()}
+    models = {"": model, "_teacher": teacher}
+    n_contexts = study.tasks.n_contexts["test"]
+    for (name, place, length), scores in over_lengths(
+        models, tokenizer, study.tasks, study.lengths, n_contexts, seed
+    ).items():
+        row |= {f"{task}_{place}_{length}{name}": score.value for task, score in scores.items()}
+    return row
 
 
 def _scores(run: HybridRun) -> dict:

@@ -1,0 +1,112 @@
+"""A hybrid as the product: a Jet-Nemotron folder, which AutoModelForCausalLM loads once `jetlab.hf` is imported.
+
+The tensors of a hybrid that surgery made of a Qwen2 have the names of `JetNemotronForCausalLM`; what differs is the
+config. `surgery.save` keeps hybrids of any decoder, in a layout of its own.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from jetlab.hf.configuration_jet_nemotron import ATTENTION_KINDS, JetNemotronConfig
+from jetlab.layers.dims import BlockDims
+from jetlab.models import surgery
+from jetlab.paths import require
+
+_PATH = re.compile(r"self_attn\.paths\.[a-z0-9_]+\.(inner\.)?")
+_SHARED = (  # keys that Qwen2 and Jet-Nemotron name alike
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def save(model: PreTrainedModel, folder: str | Path, tokenizer, *, dims: BlockDims | None, **options) -> None:
+    """Write the hybrid as config.json, model.safetensors and its tokeniser; `options` are those of its linear kind.
+
+    Raises ValueError if the decoder is no Qwen2, whose attention Jet-Nemotron has, or if a layer has several paths.
+    """
+    if not isinstance(model, Qwen2ForCausalLM):
+        raise ValueError(
+            f"a Jet-Nemotron folder holds a hybrid of a Qwen2, got {type(model).__name__}; use surgery.save for others"
+        )
+    if any(len(slot.paths) > 1 for slot in surgery.slots(model)):
+        raise ValueError("a supernet holds several paths a layer; choose one architecture with surgery.prune, then save")
+    kinds = list(surgery.kinds_of(model))
+    section = {} if dims is None else {"num_heads": dims.n_heads, "head_dim": dims.head_dim, "head_dim_v": dims.head_dim_v}
+    section |= {} if dims is None else {"conv_size": dims.conv_size, "options": options}
+    sections = {kind: section for kind in sorted(set(kinds) - set(ATTENTION_KINDS))}
+    windows = [path.window for slot in surgery.slots(model) for path in slot.paths.values() if slot.active == "sliding_attention"]
+    if windows:
+        sections["sliding_attention"] = {"window_size": windows[0]}
+    config = JetNemotronConfig(
+        **{key: getattr(model.config, key) for key in _SHARED if hasattr(model.config, key)},
+        rope_theta=model.config.rope_parameters["rope_theta"],
+        attention_bias=True,
+        layer_kinds=kinds,
+        efficient_attention_config=sections,
+        architectures=["JetNemotronForCausalLM"],
+        dtype="float32",
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    weights = {_PATH.sub("self_attn.", name): x.contiguous() for name, x in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, object]:
+    """The hybrid of a Jet-Nemotron folder with its slots, for scoring and measuring, and its tokeniser.
+
+    Raises MissingInput for a folder that lacks a file, ValueError for tensors that do not fit its config.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        require(folder / name, "distill")
+    config = JetNemotronConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    linear = sorted(set(config.layer_kinds) - set(ATTENTION_KINDS))
+    if len(linear) > 1 or not config.attention_bias:
+        raise ValueError(f"{folder} must have one linear kind and biases on q, k, v, got {', '.join(linear)}; load it with AutoModelForCausalLM")
+    plain = Qwen2Config(
+        **{key: getattr(config, key) for key in _SHARED},
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
+    model = Qwen2ForCausalLM(plain)
+    dims = config.block_dims(linear[0]) if linear else None
+    options = config.block_options(linear[0]) if linear else {}
+    if config.sliding_window is not None:
+        options["window"] = config.sliding_window
+    surgery.convert(model, config.layer_kinds, dims, **options)
+    saved = load_file(folder / "model.safetensors")
+    names = {_PATH.sub("self_attn.", name): name for name in model.state_dict()}
+    if config.tie_word_embeddings:
+        names.pop("lm_head.weight")
+    missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
+    if missing or extra:
+        raise ValueError(
+            f"{folder}/model.safetensors does not fit its config: tensors missing {missing[:4]}, not expected {extra[:4]}; "
+            "run the stage that wrote it again"
+        )
+    model.load_state_dict({names[name]: x for name, x in saved.items()}, strict=False)
+    model.tie_weights()
+    return model.to(device).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
