@@ -114,8 +114,14 @@ def points(divisor: int, d_model: int, context: int) -> list[tuple[str, BlockDim
     chosen = [grid[0], next(s for s in grid if s[0] == 12 and s[1] * divisor == 96), grid[-1]]
     cells = [(shape, context, "") for shape in grid]
     for heads, key, value in chosen:
-        cells += [((heads, key, value // 2), context, " half state"), ((heads, key, 2 * value), context, " twice the state")]
-        cells += [((heads, key, value), context // 2, " half context"), ((heads, key, value), 2 * context, " twice the context")]
+        cells += [
+            ((heads, key, value // 2), context, " half state"),
+            ((heads, key, 2 * value), context, " twice the state"),
+        ]
+        cells += [
+            ((heads, key, value), context // 2, " half context"),
+            ((heads, key, value), 2 * context, " twice the context"),
+        ]
     return [
         (f"{key * divisor}/{value * divisor}/{heads}{what}", BlockDims(d_model, heads, key, value), n)
         for (heads, key, value), n, what in cells
@@ -131,7 +137,10 @@ def measure(step: Step, x: Tensor, repeats: int) -> float:
     if not x.is_cuda:
         return _cpu_ms(lambda: step(x), repeats)
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side), sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+    with (
+        torch.cuda.stream(side),
+        sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True),
+    ):
         for _ in range(3):
             step(x)
         torch.cuda.synchronize()
@@ -199,7 +208,13 @@ def main() -> None:
         params = sum(p.numel() for p in step.parameters())
         state = sum(mixer.cache_bytes for mixer in step.mixers if isinstance(mixer, Linear))
         moved = params * dtype.itemsize + step.cache_bytes + state  # states are written, too
-        row = [params, step.cache_bytes // given.batch, round(ms, 4), round(1e3 * given.batch / ms, 1), round(moved / speed, 4)]
+        row = [
+            params,
+            step.cache_bytes // given.batch,
+            round(ms, 4),
+            round(1e3 * given.batch / ms, 1),
+            round(moved / speed, 4),
+        ]
         out.writerow([setting, context, given.batch, *row])
         sys.stdout.flush()
         del step, x

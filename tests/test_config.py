@@ -5,7 +5,17 @@ import copy
 import pytest
 
 from jetlab import run
-from jetlab.config import BlockStudy, ConfigError, SizeStudy, ThroughputStudy, VariantStudy, check_params, parse_size
+from jetlab.config import (
+    JETBLOCK_VARIANTS,
+    BlockStudy,
+    ConfigError,
+    SizeStudy,
+    ThroughputStudy,
+    VariantStudy,
+    check_params,
+    parse_size,
+)
+from jetlab.layers.jetblock import JetBlock
 from jetlab.paths import ROOT
 
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
@@ -81,14 +91,26 @@ def test_a_size_is_its_heads_and_widths(params):
 @pytest.mark.parametrize(
     ("variant", "options"),
     [
-        ("none", {"conv_v": "none", "conv_qk": False}),
-        ("dynamic", {"conv_v": "dynamic", "conv_qk": False}),
-        ("static_qk", {"conv_v": "static", "conv_qk": True}),
+        ("none", {"conv_v": "none"}),
+        ("dynamic", {}),
+        ("static_qk", {"conv_v": "static", "conv_q": "static", "conv_k": "static"}),
+        ("dynamic_8_taps", {}),
     ],
 )
 def test_a_variant_is_a_choice_of_convolutions(params, variant, options):
     sections = {"common": params["common"], "tasks": params["tasks"], **params["jetblock"]}
-    assert VariantStudy.from_params(variant=variant, **sections).options == options
+    study = VariantStudy.from_params(variant=variant, **sections)
+    assert study.options == options
+    assert study.block(64).conv_size == (8 if variant == "dynamic_8_taps" else 4)
+
+
+@pytest.mark.parametrize("variant", list(JETBLOCK_VARIANTS))
+def test_every_variant_of_the_jetblock_can_be_built(params, variant):
+    sections = {"common": params["common"], "tasks": params["tasks"], **params["jetblock"]}
+    study = VariantStudy.from_params(variant=variant, **sections)
+    dims = study.block(64)
+    block = JetBlock(dims, **study.options)
+    assert sum(p.numel() for p in block.parameters()) == JetBlock.n_params(dims, **study.options)
 
 
 def test_a_study_seeds_every_generator_and_sets_its_threads(params):

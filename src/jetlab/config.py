@@ -348,7 +348,9 @@ class CellStudy(Study):
     @model_validator(mode="after")
     def _seeds_are_fresh(self) -> Self:
         if self.learning_rates and self.tuning_seed in self.seeds:
-            raise ValueError(f"tuning_seed {self.tuning_seed} chooses the rates, so it must not be among seeds: take another")
+            raise ValueError(
+                f"tuning_seed {self.tuning_seed} chooses the rates, so it must not be among seeds: take another"
+            )
         return self
 
 

@@ -27,12 +27,12 @@ def n_cores() -> int:
 def parallel_map(
     function: Callable[[In], Out], inputs: Sequence[In], *, n_workers: int | None = None, n_threads: int = 1
 ) -> list[Out]:
-    """`[function(x) for x in inputs]` in up to `n_workers` fresh processes, in order; in this one for a single input.
+    """`[function(x) for x in inputs]` in up to `n_workers` fresh processes, in order; in this one for one input or worker.
 
     By default as many as the cores of this process hold at `n_threads` each, and at least two.
     `function` must be importable from a module. The workers die with this process; an exception in one is raised here.
     """
-    if len(inputs) <= 1:
+    if len(inputs) <= 1 or n_workers == 1:
         return [function(x) for x in inputs]
     context = multiprocessing.get_context("spawn")
     workers = min(n_workers or max(2, n_cores() // n_threads), len(inputs))

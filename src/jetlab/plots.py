@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -238,6 +239,93 @@ def dots(
     tilt = {"rotation": 35, "ha": "right"} if max(map(len, groups)) * len(groups) > 60 else {}
     ax.set_xticks(range(len(groups)), list(groups), **tilt)
     _baselines(ax, baselines)
+    return fig
+
+
+def intervals(
+    labels: Sequence[str],
+    values: Mapping[str, Sequence[float | None]],
+    errors: Mapping[str, Sequence[float | None]] | None = None,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    baselines: Mapping[str, float] | None = None,
+    ax=None,
+):
+    """Dots with whiskers ± `errors`, a row for each label and a colour for each series: many estimates at one glance.
+
+    A value that is None leaves its place empty. `y_label` says what the labels are. Returns the Figure.
+    Raises ValueError if lengths differ or `x_label` lacks its unit.
+    """
+    fig, ax = _axes(ax, x_label, y_label, title, categories="y", height=0.9 + 0.34 * len(labels))
+    rows = np.arange(len(labels))[::-1].astype(float)
+    for i, (name, points) in enumerate(values.items()):
+        if len(points) != len(labels):
+            raise ValueError(f"each dot needs a label, got {len(labels)} labels and {len(points)} values of {name!r}")
+        at = rows + 0.5 * ((len(values) - 1) / 2 - i) / max(len(values), 2)
+        whiskers = (errors or {}).get(name, [0.0] * len(points))
+        kept = [k for k, value in enumerate(points) if value is not None]
+        ax.errorbar(
+            [points[k] for k in kept],
+            at[kept],
+            xerr=[whiskers[k] or 0.0 for k in kept],
+            fmt=MARKERS[i % len(MARKERS)],
+            color=colour(name, i),
+            label=name or None,
+            linewidth=1.4,
+        )
+    for name, value in (baselines or {}).items():
+        ax.axvline(value, color="#666666", linestyle="--", linewidth=1.2, label=name)
+    ax.set_yticks(rows, [str(label) for label in labels])
+    ax.set_ylim(-0.6, len(labels) - 0.4)
+    ax.grid(False, axis="y")
+    if any(values) or baselines:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return fig
+
+
+def waterfall(
+    steps: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float] | None = None,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    ax=None,
+):
+    """What each step adds to the one before: the first bar stands on 0, the others float; `errors` are those of the steps.
+
+    Values are levels after each step; what is written over a bar is its difference. Returns the Figure.
+    """
+    fig, ax = _axes(ax, x_label, y_label, title, categories="x")
+    if len(values) != len(steps):
+        raise ValueError(f"each level needs a step, got {len(steps)} steps and {len(values)} values")
+    values = [float(value) for value in values]
+    gains = [values[0], *(after - before for before, after in pairwise(values))]
+    bottoms = [0.0, *values[:-1]]
+    colours = ["#8c8c8c", *("#0072b2" if gain >= 0 else "#d55e00" for gain in gains[1:])]
+    ax.bar(
+        range(len(steps)),
+        gains,
+        bottom=bottoms,
+        width=0.62,
+        color=colours,
+        yerr=errors,
+        error_kw={"ecolor": "#222222", "elinewidth": 1.2},
+    )
+    for i, (bottom, gain) in enumerate(zip(bottoms, gains, strict=True)):
+        above = max(bottom, bottom + gain) + (errors[i] if errors is not None else 0.0)
+        text = format(gain, ".3f") if i == 0 else format(gain, "+.3f")
+        ax.annotate(text, (i, above), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
+        if i + 1 < len(steps):
+            ax.plot([i, i + 1], [values[i]] * 2, color="#666666", linewidth=0.8)
+    ax.set_xticks(range(len(steps)), list(steps))
+    lowest = min(min(bottoms[1:], default=0.0), min(values))
+    room = max(values) - lowest
+    ax.set_ylim(max(0.0, lowest - 0.8 * room) if room else None, max(values) + 0.35 * room if room else None)
+    ax.grid(False, axis="x")
     return fig
 
 

@@ -82,7 +82,7 @@ def test_stretching_adds_text_and_leaves_the_questions(place):
     longer = Stretched(RETRIEVAL, 200, place).examples("test", 3, 0)
     for a, b in zip(plain, longer, strict=True):
         assert b.questions == a.questions
-        assert (b.context.endswith(a.context) if place == "before" else b.context.startswith(a.context))
+        assert b.context.endswith(a.context) if place == "before" else b.context.startswith(a.context)
         assert len(b.context) == len(a.context) + 200 + len("<text> ")
     assert len({b.context[-150:] if place == "behind" else b.context[:150] for b in longer}) == 3
     assert Stretched(RETRIEVAL, 0, place).examples("test", 3, 0) == plain

@@ -16,11 +16,14 @@ KINDS = ["retnet", "mamba2", "gla", "deltanet", "gated_deltanet", "jetblock", "r
 OPTIONS = {"jetblock": {"conv_v": "static", "conv_k": "static"}}
 
 
-def hybrid(kind: str, dims=BlockDims(64, 4, 8, 16, 3), **options):
+DIMS = BlockDims(64, 4, 8, 16, conv_size=3)
+
+
+def hybrid(kind: str, **options):
     model, tokenizer = surgery.load("assets/teacher/0")
     torch.manual_seed(0)
     kinds = ["attention" if layer == 3 else kind for layer in range(model.config.num_hidden_layers)]
-    return surgery.convert(model, kinds, dims, **options), tokenizer, dims
+    return surgery.convert(model, kinds, DIMS, **options), tokenizer, DIMS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +76,7 @@ def test_other_decoders_and_supernets_are_refused(tmp_path):
     llama = LlamaForCausalLM(
         LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    with pytest.raises(ValueError, match="hybrid of a Qwen2, got LlamaForCausalLM; use surgery.save"):
+    with pytest.raises(ValueError, match=r"hybrid of a Qwen2, got LlamaForCausalLM; use surgery\.save"):
         export.save(surgery.attach(llama), tmp_path / "never", None, dims=None)
     model, tokenizer = surgery.load("assets/teacher/0")
     surgery.wrap(model, "gla", BlockDims(64, 4, 8, 16))
@@ -91,5 +94,5 @@ def test_a_folder_that_is_not_whole_says_what_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"tensors missing \['model\.layers\.0\.self_attn\.o_proj\.weight'\]"):
         export.load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(MissingInput, match="model.safetensors"):
+    with pytest.raises(MissingInput, match=r"model\.safetensors"):
         export.load(tmp_path)

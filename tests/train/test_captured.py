@@ -108,7 +108,7 @@ def test_captured_training_follows_the_plain_one(tokenizer, kind, monkeypatch):
     torch.testing.assert_close(torch.tensor(captured), torch.tensor(plain), rtol=2e-3, atol=1e-5)
 
 
-def _Plain(inputs_at, loss_of, log_at=lambda step: {}):  # noqa: N802 - stands in for the class
+def _Plain(inputs_at, loss_of, log_at=lambda step: {}):
     def loss_at(step):
         return loss_of(*(x.cuda() for x in inputs_at(step))), log_at(step)
 

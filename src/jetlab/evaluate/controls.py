@@ -23,7 +23,7 @@ N_MEAN_CONTEXTS = 8  # contexts of each task from which mean outputs are taken
 
 @contextmanager
 def silenced(model: PreTrainedModel, layers: Iterable[int], outputs: Mapping[int, Tensor] | None = None):
-    """Within it each of `layers` gives `outputs[layer]` [D] at every token, zeros where None. Afterwards the model is as it was.
+    """Within it each of `layers` gives `outputs[layer]` [D] at every token, zeros where None; afterwards all is as it was.
 
     Its states stay as they are, so with a cache and without one the model still computes the same. Raises ValueError for a
     layer that the model does not have.

@@ -135,8 +135,11 @@ def score_with_lm_eval(
     *,
     names: Sequence[str] = SCORED,
     batch_size: int = 32,
-) -> dict[str, dict[str, float]]:
-    """task -> {value, se, n}: what lm-eval says of the first `n_contexts` test examples; `n` counts contexts.
+) -> dict[str, dict[str, float | np.ndarray]]:
+    """task -> {value, se, n, contexts}: what lm-eval says of the first `n_contexts` test examples; `n` counts contexts.
+
+    `contexts` [n] is the mean over the questions of each, as `Score.correct` has them, so that two scorers can be compared
+    to the last example.
 
     Choices are right when the likeliest one is the answer, free answers when they are what greedy decoding gives (lm-eval's
     `is_greedy`); text is in bits per character. `se` is clustered by context, as in `jetlab.evaluate.suite`.
@@ -153,6 +156,11 @@ def score_with_lm_eval(
             lm=_Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             task_dict={name: _Task(tasks[name], n_contexts, seed, tasks_cfg.n_questions) for name in names},
             bootstrap_iters=0,
-            log_samples=False,
-        )["results"]
-    return {name: {"value": found[name]["value,none"], "se": found[name]["se,none"], "n": n_contexts} for name in names}
+            log_samples=True,
+        )
+    scores = {}
+    for name in names:
+        whole = found["results"][name]
+        contexts = _by_context([sample["value"] for sample in found["samples"][name]])
+        scores[name] = {"value": whole["value,none"], "se": whole["se,none"], "n": n_contexts, "contexts": contexts}
+    return scores

@@ -22,9 +22,22 @@ def kernels_of(model: PreTrainedModel, tokenizer, text: str) -> tuple[list[str],
 
 
 def tap_shares(kernels: Tensor) -> Tensor:
-    """Share of each tap in a token's kernel, mean over channels of |κ_j| / Σ_j |κ_j|: [T, W] from κ [T, C, W], rows sum to 1."""
+    """Share of each tap in a token's kernel: mean over channels of |κ_j| / Σ_j |κ_j|, [T, W] from κ [T, C, W]."""
     size = kernels.abs()
     return (size / size.sum(-1, keepdim=True).clamp(min=1e-12)).mean(1)
+
+
+def tap_rows(tokens: list[str], kernels: dict[int, Tensor], n_tokens: int) -> list[dict]:
+    """Rows {layer, position, token, back, share} for the first tokens of a text: `back` 0 is the token's own tap."""
+    rows = []
+    for layer, kernel in kernels.items():
+        for position, shares in enumerate(tap_shares(kernel)[:n_tokens].tolist()):
+            for tap, share in enumerate(shares):
+                back = len(shares) - 1 - tap
+                rows.append(
+                    {"layer": layer, "position": position, "token": tokens[position], "back": back, "share": share}
+                )
+    return rows
 
 
 @torch.no_grad()

@@ -14,7 +14,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from jetlab.paths import require
+from jetlab.tasks import SCORED
+
 REPLICATE = ["teacher", "seed"]
+RECORDS = "records/h100"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class Mean:
     def clear(self) -> bool:
         """Whether the 95 % interval leaves out 0."""
         return abs(self.value) > self.half_width
+
+
+def read(record: str) -> pd.DataFrame:
+    """The cells of records/h100/`record`, with the column `mean` over the scored tasks. Raises MissingInput without it."""
+    cells = pd.read_csv(require(f"{RECORDS}/{record}/16_cells/cells.csv", "16_cells"))
+    return pd.concat([cells, cells[list(SCORED)].mean(axis=1, skipna=False).rename("mean")], axis=1)
 
 
 def mean_of(values: Sequence[float]) -> Mean:

@@ -171,9 +171,9 @@ class JetBlock(nn.Module):
         random_start: bool = False,
         value_branch: bool = False,
     ) -> int:
-        """D (2 Kd + 3 Vd) + 2 D H + 2 H + V, plus for each convolution of C channels W C if static, R D + W C (R + 1) if dynamic.
+        """D (2 Kd + 3 Vd) + 2 D H + 2 H + V, and what the convolutions have.
 
-        A `value_branch` of R' units adds R' (D + Vd).
+        One of C channels has W C if it is static, R D + W C (R + 1) if dynamic. A `value_branch` of R' units adds R' (D + Vd).
         """
         _check_convs(conv_v, conv_q, conv_k, value_branch)
         R = _generator_hidden(dims, generator_hidden)

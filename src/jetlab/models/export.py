@@ -48,12 +48,21 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer, *, dims: BlockDi
             f"a Jet-Nemotron folder holds a hybrid of a Qwen2, got {type(model).__name__}; use surgery.save for others"
         )
     if any(len(slot.paths) > 1 for slot in surgery.slots(model)):
-        raise ValueError("a supernet holds several paths a layer; choose one architecture with surgery.prune, then save")
+        raise ValueError(
+            "a supernet holds several paths a layer; choose one architecture with surgery.prune, then save"
+        )
     kinds = list(surgery.kinds_of(model))
-    section = {} if dims is None else {"num_heads": dims.n_heads, "head_dim": dims.head_dim, "head_dim_v": dims.head_dim_v}
+    section = (
+        {} if dims is None else {"num_heads": dims.n_heads, "head_dim": dims.head_dim, "head_dim_v": dims.head_dim_v}
+    )
     section |= {} if dims is None else {"conv_size": dims.conv_size, "options": options}
     sections = {kind: section for kind in sorted(set(kinds) - set(ATTENTION_KINDS))}
-    windows = [path.window for slot in surgery.slots(model) for path in slot.paths.values() if slot.active == "sliding_attention"]
+    windows = [
+        path.window
+        for slot in surgery.slots(model)
+        for path in slot.paths.values()
+        if slot.active == "sliding_attention"
+    ]
     if windows:
         sections["sliding_attention"] = {"window_size": windows[0]}
     config = JetNemotronConfig(
@@ -86,7 +95,10 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Pre
     config = JetNemotronConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     linear = sorted(set(config.layer_kinds) - set(ATTENTION_KINDS))
     if len(linear) > 1 or not config.attention_bias:
-        raise ValueError(f"{folder} must have one linear kind and biases on q, k, v, got {', '.join(linear)}; load it with AutoModelForCausalLM")
+        raise ValueError(
+            f"{folder} must have one linear kind and biases on q, k, v, got {', '.join(linear)}; "
+            "load it with AutoModelForCausalLM"
+        )
     plain = Qwen2Config(
         **{key: getattr(config, key) for key in _SHARED},
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},

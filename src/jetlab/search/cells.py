@@ -82,7 +82,10 @@ def list_cells(study: CellStudy, n_layers: int, d_model: int) -> list[Cell]:
 def replicated(cells: Sequence[Cell], study: CellStudy) -> list[Cell]:
     """Every cell for every teacher and seed."""
     return [
-        replace(cell, teacher=teacher, seed=seed) for teacher in study.teachers for seed in study.seeds for cell in cells
+        replace(cell, teacher=teacher, seed=seed)
+        for teacher in study.teachers
+        for seed in study.seeds
+        for cell in cells
     ]
 
 

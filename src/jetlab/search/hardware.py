@@ -1,5 +1,10 @@
 """The grid at equal state size (Sec 2.5, Table 2): a row is chosen by accuracy and bytes, never by a clock."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 RULE = (
     "the highest mean of retrieval and math accuracy; rows within one standard error of it count as equal, and among "
     "those the one with the fewest bytes of state, then the fewest parameters"
@@ -22,3 +27,20 @@ def choose(rows: list[dict]) -> dict:
     margin = (top["retrieval_se"] ** 2 + top["math_se"] ** 2) ** 0.5 / 2
     equal = [row for row in rows if mean(row) >= mean(top) - margin]
     return min(equal, key=lambda row: (row["state_bytes"], row["params"], row["size"]))
+
+
+def choose_by_replicates(cells: "pd.DataFrame") -> str:
+    """The name that `RULE` picks by the means over replicates of the scores on split `select`, and their standard errors."""
+    rows = []
+    for name, own in cells.groupby("name", sort=False):
+        row = {
+            "name": name,
+            "size": name,
+            "state_bytes": int(own["state_bytes"].iloc[0]),
+            "params": int(own["params"].iloc[0]),
+        }
+        for task in ("retrieval", "math"):
+            scores = own[f"{task}_select"]
+            row |= {task: float(scores.mean()), f"{task}_se": float(scores.sem())}
+        rows.append(row)
+    return choose(rows)["name"]

@@ -80,5 +80,7 @@ class Captured:
         return loss.detach()
 
     def _states(self) -> list[Tensor]:
-        found = [value for optimiser in self._optimisers for state in optimiser.state.values() for value in state.values()]
+        found = [
+            value for optimiser in self._optimisers for state in optimiser.state.values() for value in state.values()
+        ]
         return [x for x in found if isinstance(x, Tensor)]

@@ -10,7 +10,7 @@ from jetlab.config import DistillStudy
 from jetlab.data.packing import Mixture
 from jetlab.evaluate.suite import Score, exam
 from jetlab.layers.dims import BlockDims
-from jetlab.models import surgery
+from jetlab.models import export, surgery
 from jetlab.tasks import build_tasks
 from jetlab.train.captured import FixedShapes
 from jetlab.train.hybrid import HybridRun, train_hybrid
@@ -28,8 +28,8 @@ class DistillRun:
     history: list[dict]
 
     def save(self, folder: str | Path, **options) -> None:
-        """Write the model as a Hugging Face folder."""
-        surgery.save(self.hybrid.model, Path(folder), self.hybrid.tokenizer, dims=self.hybrid.dims, **options)
+        """Write the model as a Jet-Nemotron folder; `options` are those of its linear kind."""
+        export.save(self.hybrid.model, folder, self.hybrid.tokenizer, dims=self.hybrid.dims, **options)
 
 
 def last_hidden(model, ids: Tensor) -> Tensor:

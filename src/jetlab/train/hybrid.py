@@ -68,9 +68,7 @@ def train_hybrid(
     return measured(study, model, tokenizer, dims, history)
 
 
-def measured(
-    study: Study, model: PreTrainedModel, tokenizer, dims: BlockDims, history: list[dict]
-) -> HybridRun:
+def measured(study: Study, model: PreTrainedModel, tokenizer, dims: BlockDims, history: list[dict]) -> HybridRun:
     """The scores and the size of a trained hybrid with one path a layer."""
     seed = study.common.seed
     blocks = [path for slot in surgery.slots(model) for path in slot.linear.values()]

@@ -108,8 +108,9 @@ def fit(
 ) -> list[dict]:
     """Train for `n_steps` steps; returns one record per `log_every` steps: step, mean loss and what `loss_at` adds.
 
-    `loss_at(step)` returns the loss and numbers to log; in the form of `FixedShapes` a GPU replays it. The learning rates that the optimisers come with are peaks, which
-    `schedule` scales. Gradients are clipped to norm `clip`. `measure(n)` after n steps, where a record is due, adds to it.
+    `loss_at(step)` returns the loss and numbers to log; a GPU captures a step of `FixedShapes` and replays it. The learning
+    rates that the optimisers come with are peaks, which `schedule` scales. Gradients are clipped to norm `clip`.
+    `measure(n)` after n steps, where a record is due, adds to it.
     Raises TrainingDiverged when the loss is not finite, with the step and the way out.
     """
     parameters = {name: p for name, p in named_parameters if p.requires_grad}
