@@ -8,8 +8,8 @@ attentions, 2 windows, all MLPs and the head, random weights, caches full of ran
 which hold the same state, and for three of them half and twice the state and half and twice the context, so that cache and
 parameters do not move together. `eighth` divides every width by eight, for a CPU.
 
-Prints CSV: setting, parameters, bytes of cache and states for a sequence, ms a step (median), tokens/s, and floor_ms, the
-time that a copy of as many bytes takes on this machine. On a GPU a step is one CUDA graph in bf16, states fp32; on a CPU
+Prints CSV: setting, parameters and their bytes, bytes of keys and values and of states for a sequence, ms a step (median),
+tokens/s, and floor_ms, the time that a copy of as many bytes takes on this machine. On a GPU a step is one CUDA graph in bf16, states fp32; on a CPU
 fp32, one thread. Each step reads a state and writes the new one elsewhere; keys and values of the new token are left out.
 """
 
@@ -102,9 +102,9 @@ class Step(nn.Module):
             x = x + self.down[layer](F.silu(gate) * up)
         return self.head(self.norms[-1](x))
 
-    @property
-    def cache_bytes(self) -> int:
-        return sum(mixer.cache_bytes for mixer in self.mixers)
+    def cache_bytes(self, kind: type) -> int:
+        """Bytes that the layers of a kind keep, for the whole batch."""
+        return sum(mixer.cache_bytes for mixer in self.mixers if isinstance(mixer, kind))
 
 
 def points(divisor: int, d_model: int, context: int) -> list[tuple[str, BlockDims, int]]:
@@ -197,7 +197,8 @@ def main() -> None:
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
     speed = copy_bytes_per_ms(given.device)
     out = csv.writer(sys.stdout)
-    out.writerow(["setting", "context", "batch", "params", "cache_bytes", "ms", "tokens_per_s", "floor_ms"])
+    columns = ["setting", "context", "batch", "params", "weight_bytes", "kv_bytes", "state_bytes"]
+    out.writerow([*columns, "ms", "tokens_per_s", "floor_ms"])
     for setting, dims, context in points(divisor, width["d_model"], given.context)[: given.limit]:
         torch.set_default_dtype(dtype)
         with torch.device(given.device):
@@ -206,16 +207,11 @@ def main() -> None:
         torch.set_default_dtype(torch.float32)
         ms = measure(step, x, given.repeats)
         params = sum(p.numel() for p in step.parameters())
-        state = sum(mixer.cache_bytes for mixer in step.mixers if isinstance(mixer, Linear))
-        moved = params * dtype.itemsize + step.cache_bytes + state  # states are written, too
-        row = [
-            params,
-            step.cache_bytes // given.batch,
-            round(ms, 4),
-            round(1e3 * given.batch / ms, 1),
-            round(moved / speed, 4),
-        ]
-        out.writerow([setting, context, given.batch, *row])
+        weights, kv, state = params * dtype.itemsize, step.cache_bytes(Attention), step.cache_bytes(Linear)
+        floor = (weights + kv + 2 * state) / speed  # states are written, too
+        per_sequence = (kv // given.batch, state // given.batch)
+        row = [setting, context, given.batch, params, weights, *per_sequence]
+        out.writerow([*row, round(ms, 4), round(1e3 * given.batch / ms, 1), round(floor, 4)])
         sys.stdout.flush()
         del step, x
         if given.device == "cuda":

@@ -16,6 +16,11 @@ figures = {
     "curve": plots.curve(rows, "step", "loss", x_label="step [index]", y_label="loss [nats/token]", group="block",
                          error="se", baselines={"chance": 0.25}),
     "bars": plots.bars(["a", "b"], [1, 2], [0.1, 0.2], x_label="block", y_label="accuracy [fraction]", fmt=".1f"),
+    "dots": plots.dots({"gla": [0.1, 0.2], "retnet": [0.3]}, x_label="block", y_label="accuracy [fraction]"),
+    "intervals": plots.intervals(["math", "code"], {"found": [0.1, None], "none": [0.2, 0.3]}, {"found": [0.1, None]},
+                                 x_label="gap [accuracy]", y_label="task", baselines={"none": 0.0}),
+    "bubbles": plots.bubbles([("a", 10, 0.5, 3), ("b", 90, 0.6, 1)], x_label="speed [1/s]", y_label="score [1]"),
+    "waterfall": plots.waterfall(["a", "b", "c"], [0.5, 0.7, 0.6], [0.1, 0.1, 0.1], x_label="step", y_label="score [1]"),
     "heat_map": plots.heat_map([[1, 2], [3, 4]], [0, 1], ["math", "code"], x_label="layer [index]", y_label="family",
                                value_label="importance [nats]"),
     "heat_maps": plots.heat_maps({"gla": [[1, 2]], "retnet": [[3, 4]], "deltanet": [[5, 6]]}, [0, 1], ["a"],
@@ -33,9 +38,8 @@ def test_two_processes_write_the_same_bytes_and_nothing_else(tmp_path):
         (tmp_path / folder).mkdir()
         subprocess.run([sys.executable, "-c", ALL_PLOTS, str(tmp_path / folder)], check=True)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == sorted(
-        f"{name}.{kind}" for name in ("bars", "curve", "heat_map", "heat_maps", "strip") for kind in ("svg", "png")
-    )
+    drawn = "bars bubbles curve dots heat_map heat_maps intervals strip waterfall".split()
+    assert files == sorted(f"{name}.{kind}" for name in drawn for kind in ("svg", "png"))
     for name in files:
         content = (tmp_path / "a" / name).read_bytes()
         assert content == (tmp_path / "b" / name).read_bytes(), name
@@ -102,3 +106,25 @@ def test_each_block_and_placement_has_a_colour_of_its_own():
 def test_importing_jetlab_needs_neither_papermill_nor_matplotlib():
     code = "import sys, jetlab.run, jetlab.track; print({'papermill', 'matplotlib', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_waterfall_floats_each_step_on_the_one_before():
+    fig = plots.waterfall(["a", "b", "c"], [0.5, 0.7, 0.6], x_label="step", y_label="score [1]")
+    bars = fig.axes[0].patches
+    assert [round(bar.get_y(), 9) for bar in bars] == [0.0, 0.5, 0.7]
+    assert [round(bar.get_height(), 9) for bar in bars] == [0.5, 0.2, -0.1]
+    assert [text.get_text() for text in fig.axes[0].texts] == ["0.500", "+0.200", "-0.100"]
+
+
+def test_the_area_of_a_bubble_is_its_size():
+    fig = plots.bubbles([("a", 10, 0.5, 4.0), ("b", 90, 0.6, 1.0)], x_label="speed [1/s]", y_label="score [1]")
+    large, small = (dots.get_sizes()[0] - 30 for dots in fig.axes[0].collections)
+    assert large == 4 * small
+
+
+def test_intervals_leave_out_what_is_not_known():
+    fig = plots.intervals(["math", "code"], {"": [0.1, None]}, x_label="gap [accuracy]", y_label="task")
+    (dots,) = fig.axes[0].containers
+    assert len(dots.lines[0].get_xdata()) == 1
+    with pytest.raises(ValueError, match="each dot needs a label, got 1 labels and 2 values"):
+        plots.intervals(["math"], {"": [0.1, 0.2]}, x_label="gap [accuracy]", y_label="task")

@@ -106,12 +106,23 @@ def tree(tmp_path):
         ],
     )
     write_json("hardware/choice.json", {"name": "2x16x32"})
+    shares = {"keys_and_values": 0.3, "states": 0.4, "weights": 0.01}
+    write_estimates(root / "hardware/estimates.csv", {f"h100_{cause}_unique": x for cause, x in shares.items()})
     write_estimates(
         root / "distill/estimates.csv", {f"{t}_{s}": v for t in TASKS for s, v in (("stage1", 0.9), ("stage2", 0.94))}
     )
     write_estimates(
         root / "evaluate/estimates.csv",
         {f"{t}_{m}": v for t in TASKS for m, v in (("teacher", 0.97), ("hybrid", 0.94), ("uniform", 0.6))},
+    )
+    write_csv(
+        root / "evaluate/record_lengths.csv",
+        [
+            {"model": m, "place": p, "text": n, "accuracy": 0.9 - n / 1000, "se": 0.01}
+            for m in ("teacher", "found", "uniform")
+            for p in ("before", "behind")
+            for n in (0, 512)
+        ],
     )
     write_csv(root / "evaluate/samples.csv", [{"task": "math", "prompt": "a=1 | b=2", "answer": "3", "hybrid": "3"}])
     write_csv(
@@ -158,6 +169,11 @@ def test_a_verdict_needs_two_standard_errors(value, se, rule, paper, expected):
     assert report.verdict(Estimate(value, se), rule, paper) == expected
 
 
+@pytest.mark.parametrize(("n", "expected"), [(None, AGREES), (6, CANNOT_TELL), (200, AGREES)])
+def test_few_runs_need_more_than_two_standard_errors(n, expected):
+    assert report.verdict(Estimate(0.022, 0.01, n), "above 0") == expected  # t is 2.57 with 5 degrees of freedom
+
+
 @pytest.mark.parametrize("rule", ["bigger 0", "above", "above much"])
 def test_an_unreadable_rule_is_refused(rule):
     with pytest.raises(ValueError, match="a rule"):
@@ -168,7 +184,7 @@ def test_verdicts_flip_when_the_numbers_flip(tree):
     path = tree / "placement/estimates.csv"
     assert judged(tree, "placement-retrieval").verdict == AGREES
 
-    set_values(path, retrieval_k1_found_minus_uniform=0.02)
+    set_values(path, retrieval_k1_found_minus_uniform=0.019)
     assert judged(tree, "placement-retrieval").verdict == CANNOT_TELL
     set_values(path, retrieval_k1_found_minus_uniform=-0.3)
     assert judged(tree, "placement-retrieval").verdict == DISAGREES

@@ -285,6 +285,25 @@ def intervals(
     return fig
 
 
+def bubbles(
+    points: Sequence[tuple[str, float, float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    ax=None,
+):
+    """Dots (name, x, y, size) whose area is proportional to `size`, each with its name, over a logarithmic x."""
+    fig, ax = _axes(ax, x_label, y_label, title)
+    largest = max(size for *_, size in points)
+    for i, (name, x, y, size) in enumerate(points):
+        ax.scatter(x, y, s=30 + 900 * size / largest, color=colour(name, i), alpha=0.55, linewidths=0)
+        ax.annotate(name, (x, y), fontsize=8, ha="center", va="center")
+    ax.set_xscale("log")
+    ax.margins(0.18)
+    return fig
+
+
 def waterfall(
     steps: Sequence[str],
     values: Sequence[float],

@@ -23,6 +23,12 @@ def hybrid():
     return surgery.convert(model, kinds, BlockDims(64, 4, 8, 16)).eval(), tokenizer
 
 
+def of_variant(conv_v):
+    model, tokenizer = surgery.load("assets/teacher/0")
+    kinds = ["jetblock"] * model.config.num_hidden_layers
+    return surgery.convert(model, kinds, BlockDims(64, 4, 8, 16), conv_v=conv_v).eval(), tokenizer
+
+
 def hidden(model, ids):
     with torch.no_grad():
         return model.model(input_ids=ids, use_cache=False)[0]
@@ -102,6 +108,9 @@ def test_kernels_are_those_that_the_convolution_uses(hybrid):
     shares = tap_shares(made[0])
     torch.testing.assert_close(shares.sum(-1), torch.ones(3))
     assert tap_shares(torch.tensor([[[0.0, -3.0], [1.0, 1.0]]])).tolist() == [[0.25, 0.75]]
+    static, none = (kernels_of(*of_variant(conv_v), "<retrieval> amber fox")[1][0] for conv_v in ("static", "none"))
+    assert torch.equal(static[0], static[2]) and static.shape == (3, 64, 4)
+    assert torch.equal(none, torch.ones(3, 64, 1))
     motion = kernel_motion(model, tokenizer, "<retrieval> amber fox")
     assert motion[3]["motion"] is None and motion[0]["motion"] == 0.0  # an untrained generator makes one kernel for all
 

@@ -4,21 +4,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from jetlab.layers.jetblock import JetBlock
 from jetlab.models.surgery import recorded, slots
 
 
 @torch.no_grad()
 def kernels_of(model: PreTrainedModel, tokenizer, text: str) -> tuple[list[str], dict[int, Tensor]]:
-    """The tokens of `text`, and layer -> the kernels κ [T, C, W] that its JetBlock makes on them; the last tap is the token."""
+    """The tokens of `text`, and layer -> the kernels κ [T, C, W] of its JetBlock on them; the last tap is the token itself.
+
+    A static convolution has the same kernel at every token, a block without one the kernel 1.
+    """
     ids = tokenizer(text, add_special_tokens=False).input_ids
     with recorded(model) as tape:
         model.model(input_ids=torch.tensor([ids], device=next(model.parameters()).device), use_cache=False)
-    made = {}
+    found = {}
     for layer, (slot, (x, _)) in enumerate(zip(slots(model), tape, strict=True)):
-        conv = getattr(slot.paths[slot.active], "dynamic_conv1d", None)
-        if conv is not None:
-            made[layer] = conv.kernel_generator(x)[0]
-    return [tokenizer.decode([i]).strip() for i in ids], made
+        block = slot.paths[slot.active]
+        if not isinstance(block, JetBlock):
+            continue
+        if block.conv_v == "dynamic":
+            found[layer] = block.dynamic_conv1d.kernel_generator(x)[0]
+        else:
+            kernel = x.new_ones(block.dims.value_dim, 1) if block.v_conv is None else block.v_conv
+            found[layer] = kernel.expand(len(ids), *kernel.shape)
+    return [tokenizer.decode([i]).strip() for i in ids], found
 
 
 def tap_shares(kernels: Tensor) -> Tensor:
@@ -47,11 +56,10 @@ def kernel_motion(model: PreTrainedModel, tokenizer, text: str) -> list[dict]:
     motion = mean_{c,j} sd_t(κ_{t,c,j}) / mean_{t,c,j} |κ_{t,c,j}| of the kernels κ [T, C, W] that JetBlock makes: 0 for a
     kernel that is the same at every token. Blank (None) in a layer that makes no kernels.
     """
-    _, made = kernels_of(model, tokenizer, text)
-    return [
-        {
-            "layer": layer,
-            "motion": float(made[layer].std(0).mean() / made[layer].abs().mean()) if layer in made else None,
-        }
-        for layer in range(len(slots(model)))
-    ]
+    _, kernels = kernels_of(model, tokenizer, text)
+    rows = []
+    for layer, slot in enumerate(slots(model)):
+        moving = getattr(slot.paths[slot.active], "conv_v", None) == "dynamic"
+        kernel = kernels.get(layer)
+        rows.append({"layer": layer, "motion": float(kernel.std(0).mean() / kernel.abs().mean()) if moving else None})
+    return rows

@@ -6,8 +6,9 @@ verdict is computed from the numbers each time, never stored.
     rule         above X · below X · within X (|ours| at most X) · near R (ours within the fraction R of the paper's
                  value) · untested
 
-Where our number has a standard error, a verdict needs two of them between it and the limit. Scores are fractions; against
-a claim in points they count in points, 100 to the whole.
+Where our number has a standard error, a verdict needs the 95 % interval to leave the limit out: by Student's t over the n
+that it is a mean of, and two standard errors where n is not known. Scores are fractions; against a claim in points they
+count in points, 100 to the whole.
 """
 
 import csv
@@ -78,8 +79,8 @@ def measure(key: str, study: Study) -> Estimate | None:
 def verdict(ours: Estimate | None, rule: str, paper_value: float | None = None) -> str:
     """What `rule` says about our number: one of VERDICTS.
 
-    The distance to the limit must exceed 2 standard errors, else "cannot tell", as for two scores that both stand at the
-    ceiling with an error of 0; a number without error decides alone.
+    The distance to the limit must exceed half of the 95 % interval, else "cannot tell", as for two scores that both stand at
+    the ceiling with an error of 0; a number without error decides alone.
     Raises ValueError for a rule that is none of above, below, within, near, untested.
     """
     word, _, limit = rule.partition(" ")
@@ -101,7 +102,7 @@ def verdict(ours: Estimate | None, rule: str, paper_value: float | None = None) 
         margin = limit * abs(paper_value) - abs(ours.value - paper_value)
     else:
         raise ValueError(f"a rule starts with above, below, within, near or untested, got {rule!r}")
-    if ours.se is not None and abs(margin) <= 2 * ours.se:
+    if ours.se is not None and abs(margin) <= ours.half_width:
         return CANNOT_TELL
     strict = word in ("above", "below")
     return AGREES if margin > 0 or (margin == 0 and not strict) else DISAGREES

@@ -324,11 +324,6 @@ def dynamic_over_static(study: Study) -> Estimate | None:
 
 
 @_derived
-def static_qk_over_none_on_qk(study: Study) -> Estimate | None:
-    return _mean_difference(study, "jetblock", "static_qk", "static")
-
-
-@_derived
 def dimensions_matter_on_math(study: Study) -> Estimate | None:
     """Best minus worst math score of the grid at equal state size, with the error of that difference."""
     rows = [r for r in study.tables["hardware"]["grid"] if r.get("math") is not None]
@@ -358,7 +353,17 @@ def hybrid_over_teacher(study: Study) -> Estimate | None:
 
 @_derived
 def hybrid_over_uniform(study: Study) -> Estimate | None:
-    return _mean_difference(study, "evaluate", "hybrid", "uniform")
+    """Mean over the scored tasks, by the paired differences where the stage wrote them."""
+    paired = [e for t in SCORED_TASKS if (e := study.get("evaluate", f"{t}_hybrid_minus_uniform"))]
+    return mean(paired) if paired else _mean_difference(study, "evaluate", "hybrid", "uniform")
+
+
+@_derived
+def cache_explains_more_than_weights(study: Study) -> Estimate | None:
+    """Share of the spread in decoding time on an H100 that keys, values and states explain alone, minus that of weights."""
+    names = [f"h100_{cause}_unique" for cause in ("keys_and_values", "states", "weights")]
+    parts = [study.get("hardware", name) for name in names]
+    return None if None in parts else Estimate(parts[0].value + parts[1].value - parts[2].value)
 
 
 def speedups(study: Study, phase: str) -> dict[int, Estimate]:

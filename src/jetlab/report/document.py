@@ -265,6 +265,24 @@ def _ratios(study: Study) -> Table:
     return _table(header, rows)
 
 
+ASKED_VARIANTS = ("none", "static", "dynamic", "dynamic_static_qk", "dynamic_also_qk", "static_equal_params")
+
+
+def _six_runs(study: Study, stage: str, names: Sequence[str], columns: dict[str, str]) -> list[Block]:
+    """Means over the scored tasks from the record, by the keys `record_{column}_mean_{name}`; nothing where it has none."""
+    rows = [
+        (name, *(with_error(study.get(stage, f"record_{column}_mean_{name}")) for column in columns.values()))
+        for name in names
+        if any(study.get(stage, f"record_{column}_mean_{name}") for column in columns.values())
+    ]
+    if not rows:
+        return []
+    return [
+        Paragraph("Mean of the scored tasks in the record, ± standard error over six runs:"),
+        _table(("", *columns), rows),
+    ]
+
+
 def _samples(study: Study) -> list[Block]:
     rows = study.tables["evaluate"]["samples"][:3]
     if not rows:
@@ -300,16 +318,19 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         *figure("path", "The path of the study. Each box is a stage of the pipeline and a notebook."),
         Heading(2, "How to read a verdict"),
         Paragraph(
-            "**agrees** and **disagrees** need two standard errors (se) between our number and the limit that the "
-            "claim sets; **cannot tell** lies within them; **not tested here** says why. Scores are fractions of "
+            "**agrees** and **disagrees** need the 95 % interval of our number, by Student's t over the n that stands "
+            "beside it, to leave out the limit that the claim sets; **cannot tell** has it inside; **not tested here** "
+            "says why. Scores are fractions of "
             "right answers, differences against a number in points are in points; text is in bits per character, lower "
             "is better. The error of a score is that of its test contexts, and differences add two of them in squares. "
-            "It is not that of training: from section 4 on each model is one training run, so a verdict between two of "
-            "them says which of these two was better, not that the next seed will agree. n counts contexts, of several "
-            "questions each (or searches, models). Throughput errors are the spread over repeats. "
+            "It is not that of training: from section 4 on each model of this machine is one training run, so a verdict "
+            "between two of them says which of these two was better, not that the next seed will agree. Rows that say "
+            "**six runs** are of the record of one H100 (notebook 16): two teachers, three seeds, differences within "
+            "each, errors over these six. n counts contexts, of several questions each (or searches, runs). "
+            "Throughput errors are the spread over repeats. "
             "For a speed of a published model the number beside the paper's is the ratio that memory traffic and "
             "operations allow: **disagrees** then says that the hardware alone does not give the printed ratio. "
-            "With this many comparisons, about one in twenty lies outside two standard errors by chance."
+            "With this many comparisons, about one in twenty leaves its interval by chance."
         ),
         _table(("verdict", "claims"), [(word, number(_count(items, word))) for word in VERDICTS]),
     ]
@@ -364,15 +385,20 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         f"examples than those of the table: {best_block}. The controls, facts and text, stand in the notebook.",
         *figure("blocks", "Accuracy of the blocks, with standard errors."),
         _blocks(study),
+        *_six_runs(
+            study, "blocks", figures.block_kinds(study), {"found": "found_state", "no full layer": "none_state"}
+        ),
     )
     out += _section(
         study,
         items,
         "jetblock",
         "5 · The JetBlock (paper: Sec 2.4)",
-        "No convolution, a static one or a dynamic one on the values. The paper prints no table for this step.",
+        "No convolution, a static one or a dynamic one on the values. The paper prints no table for this step. All "
+        "nineteen variants of the record stand in the notebook; here those that the claims ask about.",
         *figure("jetblock", "Accuracy of the variants, with standard errors."),
         _keys(study, "jetblock", {v: v for v in figures.variants(study)}),
+        *_six_runs(study, "jetblock", ASKED_VARIANTS, {"found": "found", "no full layer": "none"}),
     )
     out += _section(
         study,
@@ -390,7 +416,9 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         items,
         "distill",
         "7 · Two stages of distillation (paper: Sec 3.1)",
-        "Stage 1 trains the new layers with frozen MLPs, stage 2 all weights.",
+        "Stage 1 trains the new layers with frozen MLPs, stage 2 all weights. The waterfall is the paper's Fig 3 on the "
+        "record: six runs a bar, trained alike, stage 2 behind the last.",
+        *figure("waterfall", "What each step of the search added, with the standard errors of the steps."),
         _keys(study, "distill", {"after stage 1": "stage1", "after stage 2": "stage2"}),
     )
     out += _section(
@@ -398,11 +426,11 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         items,
         "evaluate",
         "8 · The final model (paper: Tables 3-6)",
-        "The hybrid beside its teacher. The supernet columns are the found and the uniform placement before the final "
-        "training: comparable with each other, not with the distilled model, since no hybrid with uniform placement is "
-        "distilled here.",
+        "The hybrid beside its teacher, and beside the same hybrid trained at the uniform placement. The notebook also "
+        "stretches the contexts beyond the length of training and switches off each kind of layer.",
         *figure("evaluate", "Accuracy of the final models, with standard errors."),
         _keys(study, "evaluate", figures.EVALUATED),
+        *figure("six_axes", "The paper's six axes and what stands for them here; commonsense has no counterpart."),
         *_samples(study),
     )
     out += _section(
@@ -412,6 +440,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "9 · Speed (paper: Fig 6, Table 3)",
         "Measured here: both models in turn on one CPU thread, batch 1, medians over repeats. Computed: the least "
         "time that memory traffic and operations allow on a GPU, for the published shapes.",
+        *figure("accuracy_over_speed", "Accuracy over speed, the area of a dot its cache, as the paper's Fig 1."),
         *figure("throughput", "Measured speed over context, with the spread over repeats."),
         _speeds(study),
         *figure("speedup", "Decoding gain over context: printed, allowed by the hardware, and measured in miniature."),

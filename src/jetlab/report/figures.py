@@ -1,12 +1,14 @@
 """The pictures of the report, one function each, drawn from the study alone."""
 
+from itertools import accumulate
+
 from matplotlib.patches import FancyBboxPatch
 
 from jetlab import plots
 from jetlab.inference import roofline
 from jetlab.models import zoo
 from jetlab.report.derived import speedups
-from jetlab.report.study import SCORED_TASKS, Study
+from jetlab.report.study import SCORED_TASKS, Estimate, Study, mean
 
 PATH = (
     ("teacher", "full attention"),
@@ -151,18 +153,79 @@ def hardware(study: Study):
     )
 
 
-EVALUATED = {  # column -> suffix of its keys; the last two are subnetworks of the supernet, before distillation
-    "teacher": "teacher",
-    "hybrid": "hybrid",
-    "hybrid, uniform": "uniform",
-    "supernet, found": "supernet_common",
-    "supernet, uniform": "supernet_uniform",
-}
+EVALUATED = {"teacher": "teacher", "hybrid": "hybrid", "hybrid, uniform": "uniform"}  # column -> suffix of its keys
+RECORDED = {"teacher": "teacher", "found": "found", "uniform": "uniform"}
+STEPS = ("uniform placement", "found placement", "Gated DeltaNet", "JetBlock", "widths", "stage 2")
 
 
 def evaluate(study: Study):
-    """The final models, and both placements in the supernet, as far as the stage has them."""
+    """The final models, as far as the stage has them."""
     return _grouped(study, "evaluate", {m: s for m, s in EVALUATED.items() if study.get("evaluate", f"retrieval_{s}")})
+
+
+def waterfall(study: Study):
+    """What each step of the search added, over six replicates of the record (Fig 3); whiskers are errors of the steps."""
+    steps = [study.get("distill", f"record_mean_step_{name.replace(' ', '_')}") for name in STEPS]
+    if None in steps:
+        return None
+    levels = list(accumulate(step.value for step in steps))
+    errors = [step.se or 0.0 for step in steps]
+    return plots.waterfall(STEPS, levels, errors, x_label="step", y_label="mean accuracy [fraction]")
+
+
+def six_axes(study: Study):
+    """The paper's axes and ours side by side, of the published models and of six replicates of ours."""
+    longest = max((row["text"] for row in study.tables["evaluate"].get("record_lengths", [])), default=None)
+    if longest is None:
+        return None
+    axes = study.paper["axes"]
+    fig, (left, right) = plots.figure(1, 2, width=12, height=3.6)
+    labels = {"x_label": "score [points]", "y_label": "axis"}
+    names = [row["axis"] for row in axes]
+    printed = {
+        model: [next(r for r in study.paper[a["table"]] if r["model"] == model)[a["column"]] for a in axes]
+        for model in ("Qwen2.5-1.5B", "Jet-Nemotron-2B")
+    }
+    plots.intervals(names, printed, ax=left, title="printed, 2 billion parameters", **labels)
+    values, errors = {}, {}
+    for model in RECORDED:
+        stretched = next(
+            row
+            for row in study.tables["evaluate"]["record_lengths"]
+            if (row["model"], row["place"], row["text"]) == (model, "behind", longest)
+        )
+        long = Estimate(stretched["accuracy"], stretched["se"])
+        own = [
+            long if a["axis"] == "long context" else study.get("evaluate", f"record_{a['task']}_{model}") for a in axes
+        ]
+        values[model] = [None if e is None else 100 * e.value for e in own]
+        errors[model] = [None if e is None else 100 * (e.se or 0.0) for e in own]
+    plots.intervals(names, values, errors, ax=right, title="ours, half a million", **labels)
+    return fig
+
+
+def accuracy_over_speed(study: Study):
+    """Accuracy over decoding speed, the area of a dot its cache (Fig 1): printed, and ours at the longest context measured."""
+    rows = [r for r in study.paper["table3_mmlu_bbh"] if r["cache_mib_64k"] and r["throughput_tok_s"] and r["mmlu"]]
+    decode = [r for r in study.tables["throughput"]["throughput"] if r["phase"] == "decode" and r.get("bytes")]
+    if not decode:
+        return None
+    longest = max(row["context"] for row in decode)
+    speed = {row["model"]: row for row in decode if row["context"] == longest}
+    ours = []
+    for name, suffix in (("teacher", "teacher"), ("hybrid", "hybrid"), ("hybrid, uniform", "uniform")):
+        scores = [study.get("evaluate", f"{t}_{suffix}") for t in SCORED_TASKS]
+        row = speed.get("teacher" if name == "teacher" else "hybrid")  # both hybrids have the same layers to run
+        if None not in scores and row:
+            ours.append((name, row["tokens_per_s"], mean(scores).value, row["bytes"] / 2**20))
+    printed = [(r["model"], r["throughput_tok_s"], r["mmlu"], r["cache_mib_64k"]) for r in rows]
+    fig, (left, right) = plots.figure(1, 2, width=12, height=4.2)
+    plots.bubbles(
+        printed, x_label="decoding speed at 64K [tokens/s]", y_label="MMLU [points]", title="printed, one H100", ax=left
+    )
+    label = f"decoding speed at {longest} [tokens/s]"
+    plots.bubbles(ours, x_label=label, y_label="mean accuracy [fraction]", title="ours, one CPU thread", ax=right)
+    return fig
 
 
 def throughput(study: Study):
@@ -218,7 +281,10 @@ FIGURES = {
     "blocks": blocks,
     "jetblock": jetblock,
     "hardware": hardware,
+    "waterfall": waterfall,
     "evaluate": evaluate,
+    "six_axes": six_axes,
+    "accuracy_over_speed": accuracy_over_speed,
     "throughput": throughput,
     "speedup": speedup,
 }

@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+from scipy import stats
+
 from jetlab import paths
 
 SCORED_TASKS = ("knowledge", "math", "retrieval", "code")
@@ -16,9 +18,9 @@ FILES = {  # stage -> files that the report cannot do without
     "placement": ("estimates.csv", "choice.json", "importance.csv", "selectors.csv"),
     "blocks": ("estimates.csv", "choice.json"),
     "jetblock": ("estimates.csv",),
-    "hardware": ("grid.csv", "choice.json"),
+    "hardware": ("estimates.csv", "grid.csv", "choice.json"),
     "distill": ("estimates.csv",),
-    "evaluate": ("estimates.csv", "samples.csv"),
+    "evaluate": ("estimates.csv", "record_lengths.csv", "samples.csv"),
     "throughput": ("throughput.csv", "roofline.csv"),
 }
 STAGES = tuple(FILES)
@@ -26,11 +28,18 @@ STAGES = tuple(FILES)
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number, its standard error in the same unit (None where it has none) and the number of examples behind it."""
+    """A number, its standard error in the same unit (None where it has none) and the number n of what it averages."""
 
     value: float
     se: float | None = None
     n: int | None = None
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % interval: t standard errors with n − 1 degrees of freedom, two where n is not known."""
+        if self.se is None:
+            return 0.0
+        return self.se * (float(stats.t.ppf(0.975, self.n - 1)) if self.n and self.n > 1 else 2.0)
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         """Difference with the errors added in squares: safe, if wide, where both scored the same examples."""

@@ -1,0 +1,102 @@
+"""Specification of the statistics over replicates, against hand-made tables and textbook values."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from jetlab.evaluate import replicates
+
+
+def cells(**by_name):
+    """`by_name` maps a name to its scores, one for each of teachers 0, 1 times seeds 1 … n/2."""
+    rows = []
+    for name, scores in by_name.items():
+        for i, score in enumerate(scores):
+            place = {"teacher": i % 2, "seed": i // 2, "placement": "none", "equal": "state"}
+            rows.append({"name": name, "score": score, **place})
+    return pd.DataFrame(rows)
+
+
+SHARED = np.array([0.1, 0.5, 0.3, 0.9, 0.2, 0.6])  # what makes a replicate hard or easy
+NOISE = np.array([0.02, 0.04, 0.03, 0.05, 0.01, 0.03])
+
+
+def test_a_mean_has_its_standard_error_and_the_interval_of_student():
+    mean = replicates.mean_of([1.0, 2.0, 3.0, 6.0])
+    assert mean.value == 3.0 and mean.n == 4
+    assert mean.se == pytest.approx(np.std([1, 2, 3, 6], ddof=1) / 2)
+    low, high = stats.t.interval(0.95, 3, loc=3.0, scale=mean.se)
+    assert mean.half_width == pytest.approx((high - low) / 2)
+    assert not mean.clear and replicates.mean_of([3.0, 3.1, 2.9]).clear
+
+
+def test_one_replicate_has_no_spread_and_says_so():
+    with pytest.raises(ValueError, match="two or more of them, got 1; add seeds or teachers"):
+        replicates.mean_of([0.5])
+
+
+def test_differences_are_paired_within_replicates():
+    table = cells(a=SHARED + NOISE, b=SHARED)
+    gap = replicates.difference(table, "a", "b", "score")
+    assert gap.value == pytest.approx(NOISE.mean()) and gap.se == pytest.approx(NOISE.std(ddof=1) / np.sqrt(6))
+    assert gap.clear
+    unpaired = np.hypot(*(replicates.summary(table, "score")[name].se for name in "ab"))
+    assert gap.se < unpaired / 10  # what the replicates share is gone
+    turned = replicates.difference(table, "b", "a", "score")
+    assert turned.value == -gap.value
+
+
+def test_a_contrast_is_between_means_of_groups():
+    table = cells(a=SHARED, b=SHARED + 0.2, c=SHARED - NOISE)
+    gap = replicates.contrast(table, ["a", "b"], ["c"], "score")
+    assert gap.value == pytest.approx(0.1 + NOISE.mean())
+
+
+def test_ranks_are_taken_within_replicates_and_ties_share_theirs():
+    table = cells(a=SHARED + 1, b=SHARED, c=SHARED)
+    ranks = replicates.ranks(table, "score")
+    assert [ranks[name].value for name in "abc"] == [1.0, 2.5, 2.5]
+
+
+def test_a_diverged_run_takes_its_replicate_with_it():
+    table = cells(a=SHARED + NOISE, b=[np.nan, *SHARED[1:]])
+    assert replicates.difference(table, "a", "b", "score").n == 5
+
+
+def test_several_cells_of_a_name_are_refused():
+    table = pd.concat([cells(a=SHARED), cells(a=SHARED).assign(placement="found")])
+    with pytest.raises(ValueError, match="choose a placement and `equal`"):
+        replicates.table(table, "score")
+
+
+def test_the_detectable_difference_is_that_of_the_noncentral_t():
+    table = cells(a=SHARED + NOISE, b=SHARED)
+    effect = replicates.detectable(table, "a", "b", "score")
+    se = replicates.difference(table, "a", "b", "score").se
+    limit = stats.t.ppf(0.975, 5)
+    power = stats.nct.sf(limit, 5, effect / se) + stats.nct.cdf(-limit, 5, effect / se)
+    assert power == pytest.approx(0.8, abs=0.01)
+
+
+def test_orders_that_agree_correlate_and_noise_widens_the_interval():
+    levels = dict(zip("abcdef", np.linspace(0, 1, 6), strict=True))
+    first = cells(**{name: level + 0.001 * SHARED for name, level in levels.items()})
+    turned = cells(**{name: -level + 0.001 * SHARED for name, level in levels.items()})
+    assert replicates.rank_correlation(first, first, "score", n_draws=50) == (1.0, 1.0, 1.0)
+    assert replicates.rank_correlation(first, turned, "score", n_draws=50)[0] == -1.0
+    draw = np.random.default_rng(0)
+    noisy = cells(**{name: level + draw.normal(0, 2.0, 6) for name, level in levels.items()})
+    _, low, high = replicates.rank_correlation(first, noisy, "score", n_draws=400)
+    assert high - low > 0.3
+    some = first[first.name.isin(list("abd"))]
+    assert replicates.rank_correlation(first, some, "score", n_draws=20)[0] == 1.0  # over the names that both have
+
+
+def test_spread_is_within_teachers():
+    table = cells(a=[0.0, 10.0, 1.0, 11.0], b=[0.0, 10.0, 3.0, 13.0])  # a teacher is 10 apart from the other
+    (row,) = replicates.spread(table, ["score"])
+    assert row["one_run"] == pytest.approx(np.sqrt((0.5 + 4.5) / 2))
+    assert row["difference"] == pytest.approx(np.sqrt(2.0))
+    (alone,) = replicates.spread(table[table.seed == 0], ["score"])
+    assert alone["one_run"] is None and alone["difference"] is None
