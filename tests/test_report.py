@@ -121,7 +121,7 @@ def tree(tmp_path):
             {"model": m, "place": p, "text": n, "accuracy": 0.9 - n / 1000, "se": 0.01}
             for m in ("teacher", "found", "uniform")
             for p in ("before", "behind")
-            for n in (0, 512)
+            for n in (0, 256)
         ],
     )
     write_csv(root / "evaluate/samples.csv", [{"task": "math", "prompt": "a=1 | b=2", "answer": "3", "hybrid": "3"}])
@@ -339,7 +339,7 @@ def test_the_report_is_written_twice_with_the_same_bytes(tree, tmp_path):
         p.relative_to(tmp_path / "second"): p.read_bytes() for p in (tmp_path / "second").rglob("*") if p.is_file()
     }
     assert first == second
-    assert len(first) == 13  # two pages, eleven figures
+    assert len(first) == 14  # two pages, twelve figures
 
 
 def test_the_pages_hold_every_claim_and_load_nothing(tree, tmp_path):

@@ -417,7 +417,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "distill",
         "7 · Two stages of distillation (paper: Sec 3.1)",
         "Stage 1 trains the new layers with frozen MLPs, stage 2 all weights. The waterfall is the paper's Fig 3 on the "
-        "record: six runs a bar, trained alike, stage 2 behind the last.",
+        "record: six runs a bar, trained alike by stage 1.",
         *figure("waterfall", "What each step of the search added, with the standard errors of the steps."),
         _keys(study, "distill", {"after stage 1": "stage1", "after stage 2": "stage2"}),
     )

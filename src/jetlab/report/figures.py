@@ -155,7 +155,8 @@ def hardware(study: Study):
 
 EVALUATED = {"teacher": "teacher", "hybrid": "hybrid", "hybrid, uniform": "uniform"}  # column -> suffix of its keys
 RECORDED = {"teacher": "teacher", "found": "found", "uniform": "uniform"}
-STEPS = ("uniform placement", "found placement", "Gated DeltaNet", "JetBlock", "widths", "stage 2")
+LONG_CONTEXT = 256  # characters of text between context and question: twice a row of training
+STEPS = ("uniform placement", "found placement", "Gated DeltaNet", "JetBlock", "widths")
 
 
 def evaluate(study: Study):
@@ -175,9 +176,6 @@ def waterfall(study: Study):
 
 def six_axes(study: Study):
     """The paper's axes and ours side by side, of the published models and of six replicates of ours."""
-    longest = max((row["text"] for row in study.tables["evaluate"].get("record_lengths", [])), default=None)
-    if longest is None:
-        return None
     axes = study.paper["axes"]
     fig, (left, right) = plots.figure(1, 2, width=12, height=3.6)
     labels = {"x_label": "score [points]", "y_label": "axis"}
@@ -192,7 +190,7 @@ def six_axes(study: Study):
         stretched = next(
             row
             for row in study.tables["evaluate"]["record_lengths"]
-            if (row["model"], row["place"], row["text"]) == (model, "behind", longest)
+            if (row["model"], row["place"], row["text"]) == (model, "behind", LONG_CONTEXT)
         )
         long = Estimate(stretched["accuracy"], stretched["se"])
         own = [
