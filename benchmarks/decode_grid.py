@@ -9,8 +9,9 @@ which hold the same state, and for three of them half and twice the state and ha
 parameters do not move together. `eighth` divides every width by eight, for a CPU.
 
 Prints CSV: setting, parameters and their bytes, bytes of keys and values and of states for a sequence, ms a step (median),
-tokens/s, and floor_ms, the time that a copy of as many bytes takes on this machine. On a GPU a step is one CUDA graph in bf16, states fp32; on a CPU
-fp32, one thread. Each step reads a state and writes the new one elsewhere; keys and values of the new token are left out.
+tokens/s, and floor_ms, the time that a copy of as many bytes takes on this machine. On a GPU a step is one CUDA graph in
+bf16 with states in fp32; on a CPU fp32 and one thread. A step reads a state and writes the new one elsewhere; keys and
+values of the new token are left out.
 """
 
 import argparse

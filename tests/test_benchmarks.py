@@ -1,5 +1,6 @@
 """The benchmarks run, check themselves, and show what grows: no time is asked here, only what they print."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -38,6 +39,22 @@ def test_placements_scored_together_score_as_they_do_alone_for_half_the_layers()
     assert float(ratio[0]) > 2 and float(ratio[2]) > 2  # layer evaluations, and their products
     correct, loss = map(float, re.findall(r"\d\.\de[+-]\d\d", text))
     assert correct == 0 and loss < 1e-4
+
+
+def test_decoding_steps_hold_the_state_that_their_setting_says():
+    text = printed("decode_grid.py", "--context", "64", "--batch", "2", "--repeats", "1")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert len(rows) == 21
+    by_setting = {row["setting"]: {k: float(v) for k, v in row.items() if k != "setting"} for row in rows}
+    plain, half, twice = (
+        by_setting[f"96/{v}/12{what}"] for v, what in ((256, ""), (128, " half state"), (512, " twice the state"))
+    )
+    matrix, layers = 12 * 12 * 32 * 4, 24  # numbers of a state at an eighth of the widths, in fp32
+    assert plain["state_bytes"] - half["state_bytes"] == pytest.approx(layers * matrix / 2, rel=0.1)
+    assert twice["state_bytes"] - plain["state_bytes"] == pytest.approx(layers * matrix, rel=0.1)
+    longer = by_setting["96/256/12 twice the context"]
+    assert longer["kv_bytes"] == 2 * plain["kv_bytes"] and longer["state_bytes"] == plain["state_bytes"]
+    assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in by_setting.values())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
