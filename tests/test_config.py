@@ -6,7 +6,6 @@ import pytest
 
 from jetlab import run
 from jetlab.config import (
-    JETBLOCK_VARIANTS,
     BlockStudy,
     ConfigError,
     SizeStudy,
@@ -15,7 +14,7 @@ from jetlab.config import (
     check_params,
     parse_size,
 )
-from jetlab.layers.jetblock import JetBlock
+from jetlab.layers.jetblock import VARIANTS, JetBlock
 from jetlab.paths import ROOT
 
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
@@ -104,7 +103,7 @@ def test_a_variant_is_a_choice_of_convolutions(params, variant, options):
     assert study.block(64).conv_size == (8 if variant == "dynamic_8_taps" else 4)
 
 
-@pytest.mark.parametrize("variant", list(JETBLOCK_VARIANTS))
+@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_every_variant_of_the_jetblock_can_be_built(params, variant):
     sections = {"common": params["common"], "tasks": params["tasks"], **params["jetblock"]}
     study = VariantStudy.from_params(variant=variant, **sections)

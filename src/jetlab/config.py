@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from jetlab.layers import MIXERS
 from jetlab.layers.dims import BlockDims
+from jetlab.layers.jetblock import VARIANTS
 from jetlab.seeding import seed_everything
 from jetlab.tasks import TASKS, build_tasks
 
@@ -251,40 +252,17 @@ class BlockStudy(HybridStudy):
         return self
 
 
-JETBLOCK_VARIANTS: dict[str, dict[str, Any]] = {  # options of `JetBlock`, and the taps of its convolutions
-    "none": {"conv_v": "none"},
-    "static": {"conv_v": "static"},
-    "dynamic": {},  # as published
-    "static_qk": {"conv_v": "static", "conv_q": "static", "conv_k": "static"},
-    "dynamic_static_qk": {"conv_q": "static", "conv_k": "static"},
-    "dynamic_also_q": {"conv_q": "dynamic"},
-    "dynamic_also_k": {"conv_k": "dynamic"},
-    "dynamic_also_qk": {"conv_q": "dynamic", "conv_k": "dynamic"},
-    "static_2_taps": {"conv_v": "static", "conv_size": 2},
-    "static_8_taps": {"conv_v": "static", "conv_size": 8},
-    "dynamic_2_taps": {"conv_size": 2},
-    "dynamic_3_taps": {"conv_size": 3},
-    "dynamic_8_taps": {"conv_size": 8},
-    "dynamic_2_units": {"generator_hidden": 2},
-    "dynamic_4_units": {"generator_hidden": 4},
-    "dynamic_16_units": {"generator_hidden": 16},
-    "dynamic_32_units": {"generator_hidden": 32},
-    "dynamic_random_start": {"random_start": True},
-    "static_equal_params": {"conv_v": "static", "value_branch": True},
-}
-
-
 class VariantStudy(HybridStudy):
-    variant: Literal[tuple(JETBLOCK_VARIANTS)]  # convolutions of a JetBlock
+    variant: Literal[tuple(VARIANTS)]  # convolutions of a JetBlock
 
     @property
     def options(self) -> dict:
         """Arguments of `JetBlock`."""
-        return {name: value for name, value in JETBLOCK_VARIANTS[self.variant].items() if name != "conv_size"}
+        return {name: value for name, value in VARIANTS[self.variant].items() if name != "conv_size"}
 
     def block(self, d_model: int) -> BlockDims:
         """The study's dims with the variant's number of taps, 4 where it names none."""
-        return self.dims.block(d_model, conv_size=JETBLOCK_VARIANTS[self.variant].get("conv_size", 4))
+        return self.dims.block(d_model, conv_size=VARIANTS[self.variant].get("conv_size", 4))
 
 
 class SizeStudy(Study):
@@ -326,7 +304,7 @@ class CompareStudy(Study):
 class CellStudy(Study):
     """Many short runs that differ in few things: `jetlab.search.cells` lists them by family."""
 
-    family: Literal["blocks", "jetblock", "sizes", "scratch", "final"]
+    family: Literal["blocks", "jetblock", "contrasts", "sizes", "scratch", "final"]
     training: Training  # of linear layers alone; of family final the first stage
     scratch: ScratchTraining  # for family scratch
     stage2_steps: Count  # for family final, all weights
@@ -344,6 +322,15 @@ class CellStudy(Study):
     found: list[int]  # full layers of placement "found"
     placements: Annotated[list[Literal["found", "none", "uniform"]], Field(min_length=1)]
     n_workers: Count  # processes side by side
+
+    @model_validator(mode="after")
+    def _scratch_has_one_teacher(self) -> Self:
+        if self.family == "scratch" and len(self.teachers) > 1:
+            raise ValueError(
+                "family scratch takes no weight of a teacher, so several teachers of one shape are the same run again: "
+                f"give one, got {', '.join(self.teachers)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _seeds_are_fresh(self) -> Self:

@@ -297,7 +297,7 @@ def bubbles(
     fig, ax = _axes(ax, x_label, y_label, title)
     largest = max(size for *_, size in points)
     for i, (name, x, y, size) in enumerate(points):
-        ax.scatter(x, y, s=30 + 900 * size / largest, color=colour(name, i), alpha=0.55, linewidths=0)
+        ax.scatter(x, y, s=1500 * size / largest, color=colour(name, i), alpha=0.55, linewidths=0)
         ax.annotate(name, (x, y), fontsize=8, ha="center", va="center")
     ax.set_xscale("log")
     ax.margins(0.18)

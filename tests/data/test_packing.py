@@ -110,3 +110,9 @@ def test_steps_and_seeds_of_a_mixture_differ(tasks, tokenizer):
 def test_a_mixture_of_unknown_tasks_is_refused(tasks, tokenizer):
     with pytest.raises(ValueError, match=r"knowledge, math.*got maths"):
         Mixture(tasks, {"maths": 1}, tokenizer, 48, seed=0)
+
+
+def test_a_task_whose_answers_are_all_cut_off_is_named(tasks, tokenizer):
+    batch = pack(tasks["retrieval"].examples("train", 2, seed=0), tokenizer, 3, ["retrieval"] * 2)
+    with pytest.raises(ValueError, match=r"within a row of seq_len = 3 tokens, retrieval has none .*raise seq_len"):
+        batch.targets()

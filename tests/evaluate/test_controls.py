@@ -92,6 +92,7 @@ def test_stretching_adds_text_and_leaves_the_questions(place):
         assert len(b.context) == len(a.context) + 200 + len("<text> ")
     assert len({b.context[-150:] if place == "behind" else b.context[:150] for b in longer}) == 3
     assert Stretched(RETRIEVAL, 0, place).examples("test", 3, 0) == plain
+    assert Stretched(RETRIEVAL, 200, place).examples("test", 1, 0, start=2) == longer[2:]
     assert Stretched(RETRIEVAL, 5, place).chance == RETRIEVAL.chance
 
 

@@ -8,17 +8,18 @@ from scipy import stats
 from jetlab.evaluate import replicates
 
 
-def cells(**by_name):
-    """`by_name` maps a name to its scores, one for each of teachers 0, 1 times seeds 1 … n/2."""
+def cells(teachers=1, **by_name):
+    """`by_name` maps a name to its scores: those of all seeds of teacher 0, then of teacher 1."""
     rows = []
     for name, scores in by_name.items():
+        n_seeds = len(scores) // teachers
         for i, score in enumerate(scores):
-            place = {"teacher": i % 2, "seed": i // 2, "placement": "none", "equal": "state"}
+            place = {"teacher": i // n_seeds, "seed": i % n_seeds, "placement": "none", "equal": "state"}
             rows.append({"name": name, "score": score, **place})
     return pd.DataFrame(rows)
 
 
-SHARED = np.array([0.1, 0.5, 0.3, 0.9, 0.2, 0.6])  # what makes a replicate hard or easy
+SHARED = np.array([0.1, 0.5, 0.3, 0.9, 0.2, 0.6])  # what makes a seed hard or easy
 NOISE = np.array([0.02, 0.04, 0.03, 0.05, 0.01, 0.03])
 
 
@@ -31,18 +32,18 @@ def test_a_mean_has_its_standard_error_and_the_interval_of_student():
     assert not mean.clear and replicates.mean_of([3.0, 3.1, 2.9]).clear
 
 
-def test_one_replicate_has_no_spread_and_says_so():
-    with pytest.raises(ValueError, match="two or more of them, got 1; add seeds or teachers"):
+def test_one_seed_has_no_spread_and_says_so():
+    with pytest.raises(ValueError, match="two or more of them, got 1; add seeds"):
         replicates.mean_of([0.5])
 
 
-def test_differences_are_paired_within_replicates():
+def test_differences_are_paired_within_seeds():
     table = cells(a=SHARED + NOISE, b=SHARED)
     gap = replicates.difference(table, "a", "b", "score")
     assert gap.value == pytest.approx(NOISE.mean()) and gap.se == pytest.approx(NOISE.std(ddof=1) / np.sqrt(6))
     assert gap.clear
     unpaired = np.hypot(*(replicates.summary(table, "score")[name].se for name in "ab"))
-    assert gap.se < unpaired / 10  # what the replicates share is gone
+    assert gap.se < unpaired / 10  # what the names of a seed share is gone
     turned = replicates.difference(table, "b", "a", "score")
     assert turned.value == -gap.value
 
@@ -53,15 +54,29 @@ def test_a_contrast_is_between_means_of_groups():
     assert gap.value == pytest.approx(0.1 + NOISE.mean())
 
 
-def test_ranks_are_taken_within_replicates_and_ties_share_theirs():
+def test_ranks_are_taken_within_seeds_and_ties_share_theirs():
     table = cells(a=SHARED + 1, b=SHARED, c=SHARED)
     ranks = replicates.ranks(table, "score")
     assert [ranks[name].value for name in "abc"] == [1.0, 2.5, 2.5]
 
 
-def test_a_diverged_run_takes_its_replicate_with_it():
-    table = cells(a=SHARED + NOISE, b=[np.nan, *SHARED[1:]])
+def test_teachers_are_averaged_and_count_as_no_further_seeds():
+    apart = np.array([0.3, 0.3, 0.3])  # a teacher on which the lead is larger, whatever the seed
+    first, second = np.array([0.1, 0.2, 0.15]), np.array([0.1, 0.1, 0.1])
+    table = cells(teachers=2, a=[*first, *(first + apart)], b=[*second, *second])
+    gap = replicates.difference(table, "a", "b", "score")
+    assert gap.n == 3 and gap.value == pytest.approx((first - second + apart / 2).mean())
+    assert gap.se == pytest.approx((first - second).std(ddof=1) / np.sqrt(3))  # the teacher's part is in no seed's
+
+
+def test_a_diverged_run_takes_its_seed_with_it_where_it_is_asked_for_and_nowhere_else():
+    table = cells(a=SHARED + NOISE, b=[np.nan, *SHARED[1:]], c=SHARED)
     assert replicates.difference(table, "a", "b", "score").n == 5
+    assert replicates.difference(table, "a", "c", "score").n == 6
+    means = replicates.summary(table, "score")
+    assert means["b"].n == 5 and means["c"].n == 6
+    half = cells(teachers=2, a=[0.1, 0.2, 0.3, np.nan, 0.2, 0.3], b=[0.1] * 6)
+    assert replicates.difference(half, "a", "b", "score").n == 2  # of both teachers or of none
 
 
 def test_several_cells_of_a_name_are_refused():
@@ -79,22 +94,26 @@ def test_the_detectable_difference_is_that_of_the_noncentral_t():
     assert power == pytest.approx(0.8, abs=0.01)
 
 
-def test_orders_that_agree_correlate_and_noise_widens_the_interval():
-    levels = dict(zip("abcdef", np.linspace(0, 1, 6), strict=True))
+def test_two_seeds_cannot_detect_what_many_errors_would_need():
+    table = cells(a=[0.0, 1.0], b=[0.0, 0.0])
+    assert replicates.detectable(table, "a", "b", "score", power=1.0) == float("inf")
+
+
+def test_orders_that_agree_correlate_and_are_no_chance():
+    levels = dict(zip("abcde", np.linspace(0, 1, 5), strict=True))
     first = cells(**{name: level + 0.001 * SHARED for name, level in levels.items()})
     turned = cells(**{name: -level + 0.001 * SHARED for name, level in levels.items()})
-    assert replicates.rank_correlation(first, first, "score", n_draws=50) == (1.0, 1.0, 1.0)
-    assert replicates.rank_correlation(first, turned, "score", n_draws=50)[0] == -1.0
-    draw = np.random.default_rng(0)
-    noisy = cells(**{name: level + draw.normal(0, 2.0, 6) for name, level in levels.items()})
-    _, low, high = replicates.rank_correlation(first, noisy, "score", n_draws=400)
-    assert high - low > 0.3
-    some = first[first.name.isin(list("abd"))]
-    assert replicates.rank_correlation(first, some, "score", n_draws=20)[0] == 1.0  # over the names that both have
+    mean, chance = replicates.rank_correlation(first, first, "score")
+    assert (mean.value, mean.n, chance) == (pytest.approx(1.0), 6, pytest.approx(1 / 120))
+    mean, chance = replicates.rank_correlation(first, turned, "score")
+    assert (mean.value, chance) == (pytest.approx(-1.0), 1.0)
+    some = first[first.name.isin(list("abd")) & (first.seed < 4)]
+    mean, chance = replicates.rank_correlation(first, some, "score")
+    assert (mean.value, mean.n, chance) == (pytest.approx(1.0), 4, pytest.approx(1 / 6))  # over the names and the seeds that both have
 
 
 def test_spread_is_within_teachers():
-    table = cells(a=[0.0, 10.0, 1.0, 11.0], b=[0.0, 10.0, 3.0, 13.0])  # a teacher is 10 apart from the other
+    table = cells(teachers=2, a=[0.0, 1.0, 10.0, 11.0], b=[0.0, 3.0, 10.0, 13.0])  # one teacher is 10 above the other
     (row,) = replicates.spread(table, ["score"])
     assert row["one_run"] == pytest.approx(np.sqrt((0.5 + 4.5) / 2))
     assert row["difference"] == pytest.approx(np.sqrt(2.0))

@@ -226,6 +226,7 @@ def test_lm_eval_gives_the_same_scores_to_the_last_example(model, exam, tasks, s
         assert found[name]["value"] == pytest.approx(ours.value, **exact)
         assert found[name]["se"] == pytest.approx(ours.se, **exact)
         assert found[name]["n"] == N_CONTEXTS
+        assert found[name]["contexts"] == pytest.approx(ours.correct, **exact)
 
 
 @pytest.mark.slow

@@ -85,6 +85,32 @@ def test_other_decoders_and_supernets_are_refused(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+def test_what_the_layout_cannot_say_is_refused(tmp_path):
+    model, tokenizer, dims = hybrid("gla")
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match=r"plain rotary positions, got rope_type 'linear'; use surgery\.save"):
+        export.save(model, tmp_path / "never", tokenizer, dims=dims)
+    model, tokenizer = surgery.load("assets/teacher/0")
+    surgery.convert(model, ["sliding_attention"] * model.config.num_hidden_layers, None, window=5)
+    surgery.slots(model)[2].paths["sliding_attention"].window = 9
+    with pytest.raises(ValueError, match=r"one window for all layers, got \[5, 9\]"):
+        export.save(model, tmp_path / "never", tokenizer, dims=None)
+    assert not (tmp_path / "never").exists()
+
+
+def test_dims_that_do_not_fit_the_tensors_are_found(tmp_path):
+    model, tokenizer, _ = hybrid("gla")
+    export.save(model, tmp_path, tokenizer, dims=BlockDims(64, 4, 8, 12))
+    with pytest.raises(ValueError, match=r"of another shape .*run the stage that wrote it again"):
+        export.load(tmp_path)
+
+
+def test_the_dtype_is_that_of_the_tensors(tmp_path):
+    model, tokenizer, dims = hybrid("gla")
+    export.save(model.to(torch.bfloat16), tmp_path, tokenizer, dims=dims)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
 def test_a_folder_that_is_not_whole_says_what_lacks(tmp_path):
     model, tokenizer, dims = hybrid("gla")
     export.save(model, tmp_path, tokenizer, dims=dims)

@@ -1,10 +1,12 @@
 """Specification of cells: what a family holds, what a replicate shares, and what a row says."""
 
+import pandas as pd
 import pytest
 
-from jetlab.config import JETBLOCK_VARIANTS, CellStudy, ConfigError
+from jetlab.config import CellStudy, ConfigError
 from jetlab.layers import MIXERS
 from jetlab.layers.dims import BlockDims
+from jetlab.layers.jetblock import VARIANTS
 from jetlab.search import cells
 from jetlab.search.hardware import choose_by_replicates
 from jetlab.tasks import SCORED
@@ -40,7 +42,7 @@ def study(sizes):
             "stage2_learning_rate": 5e-4,
         }
         | {"lengths": [0, 20], "dims": {"n_heads": 4, "head_dim": 8, "head_dim_v": 16}, "state_size": 512}
-        | {"blocks": KINDS, "jetblock": list(JETBLOCK_VARIANTS), "sizes": ["h4_k8_v16", "h2_k16_v16"]}
+        | {"blocks": KINDS, "jetblock": list(VARIANTS), "sizes": ["h4_k8_v16", "h2_k16_v16"]}
         | {"teachers": ["assets/teacher/0"], "seeds": [1, 2], "learning_rates": [], "tuning_seed": 0}
         | {"found": [3], "placements": ["found", "none", "uniform"], "n_workers": 1}
         | changes
@@ -64,7 +66,7 @@ def test_blocks_come_at_equal_state_and_near_equal_parameters_at_every_placement
 
 def test_a_family_varies_what_it_is_named_for(study):
     variants = cells.list_cells(study(family="jetblock", placements=["none"]), 8, 64)
-    assert [c.name for c in variants] == list(JETBLOCK_VARIANTS)
+    assert [c.name for c in variants] == list(VARIANTS)
     assert {c.dims.conv_size for c in variants} == {2, 3, 4, 8} and {c.kind for c in variants} == {"jetblock"}
     sizes = cells.list_cells(study(family="sizes", placements=["none"]), 8, 64)
     assert [c.dims for c in sizes] == [BlockDims(64, 4, 8, 16), BlockDims(64, 2, 16, 16)]
@@ -129,12 +131,51 @@ def test_a_final_model_is_asked_all_that_notebook_08_asks(study):
         assert row[f"{task}_teacher"] == row[f"{task}_before_0_teacher"]
 
 
-def test_the_rule_for_widths_reads_select_over_replicates():
-    import pandas as pd
+def test_a_final_row_holds_nothing_of_stage_1_under_the_names_of_the_end(study):
+    own = study(family="final", placements=["found"])
+    (row,) = cells.run_cells(own, cells.list_cells(own, 8, 64))
+    assert row["loss"] != row["stage1_loss"]
+    assert not [key for key in row if key.endswith("_select")]
 
+
+def test_a_block_that_is_equal_in_both_ways_is_trained_once(study, monkeypatch):
+    own = study(placements=["none"], blocks=["jetblock", "gla"])
+    trained = []
+    monkeypatch.setattr(cells, "_run", lambda _study, cell: trained.append(cell) or {"name": cell.name})
+    rows = cells.run_cells(own, cells.list_cells(own, 8, 64))
+    assert [(row["name"], row["equal"]) for row in rows] == [
+        ("jetblock", "state"), ("gla", "state"), ("jetblock", "params"), ("gla", "params"),
+    ]  # fmt: skip
+    assert [cell.name for cell in trained] == ["jetblock", "gla", "gla"]
+
+
+def test_contrasts_hold_blocks_and_convolutions(study):
+    own = study(family="contrasts", blocks=["gla"], jetblock=["static", "dynamic"], placements=["none"])
+    assert [(c.name, c.kind) for c in cells.list_cells(own, 8, 64)] == [
+        ("gla", "gla"), ("static", "jetblock"), ("dynamic", "jetblock"),
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_compared_is_refused(study):
+    with pytest.raises(ConfigError, match="the same run again: give one"):
+        study(family="scratch", teachers=["assets/teacher/0", "assets/teacher/1"])
+    with pytest.raises(ConfigError, match="a size must hold state_size = 512 numbers, h1_k2_v3 holds 6"):
+        cells.list_cells(study(family="sizes", sizes=["h1_k2_v3"]), 8, 64)
+
+
+def test_the_rule_for_widths_reads_select_and_pairs_within_seeds():
+    shared = {1: 0.0, 2: 0.3, 3: -0.2}  # what makes a seed easy or hard is no difference between settings
+    shapes = (("large", 9, (0.6, 0.61, 0.605)), ("small", 5, (0.604, 0.6, 0.606)), ("poor", 1, (0.5, 0.49, 0.5)))
     rows = [
-        {"name": name, "params": params, "state_bytes": 100, "retrieval_select": score, "math_select": score + shift}
-        for name, params, score in (("large", 9, 0.9), ("small", 5, 0.895), ("poor", 1, 0.5))
-        for shift in (-0.02, 0.0, 0.02)
+        {"name": name, "params": params, "state_bytes": 100, "teacher": 0, "seed": seed, "placement": "none"}
+        | {"retrieval_select": score + shared[seed], "math_select": score + shared[seed]}
+        for name, params, scores in shapes
+        for seed, score in zip(shared, scores, strict=True)
     ]
-    assert choose_by_replicates(pd.DataFrame(rows)) == "small"  # within one standard error, and cheaper
+    assert (
+        choose_by_replicates(pd.DataFrame(rows)) == "small"
+    )  # no further from the highest than its error, and cheaper
+    with pytest.raises(ValueError, match="choose a placement and `equal`"):
+        choose_by_replicates(pd.DataFrame(rows + [row | {"placement": "found"} for row in rows]))
+    with pytest.raises(ValueError, match="add seeds"):
+        choose_by_replicates(pd.DataFrame([row for row in rows if row["seed"] == 1]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jetlab.config import Training
+from jetlab.config import Common, ScratchTraining, Study, Tasks, Training
 from jetlab.data.packing import Mixture
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
@@ -17,6 +17,7 @@ from jetlab.train.losses import (
     weighted_distillation_loss,
 )
 from jetlab.train.paths import fixed_law, placement_kinds, train_paths
+from jetlab.train.scratch import train_from_scratch
 
 SIZES = {
     "knowledge": {"n_options": 4},
@@ -113,3 +114,31 @@ def _Plain(inputs_at, loss_of, log_at=lambda step: {}):
         return loss_of(*(x.cuda() for x in inputs_at(step))), log_at(step)
 
     return loss_at
+
+
+@needs_gpu
+def test_captured_training_from_scratch_follows_the_plain_one(monkeypatch):
+    """Muon and AdamW in one graph, with learning rates that change from step to step."""
+    tasks = Tasks(seq_len=96, sizes=SIZES, n_contexts={"search": 1, "select": 1, "test": 1}, n_questions=1)
+    common = Common(seed=0, n_threads=1, path="paper", device="cuda")
+    training = ScratchTraining(
+        n_steps=30, learning_rate=2e-3, muon_learning_rate=4e-3, warmup=5, growth=0.4, rows=ROWS, weights={}
+    )
+
+    def run(captured: bool):
+        if not captured:
+            monkeypatch.setattr("jetlab.train.loop.FixedShapes", type("Never", (), {}))
+            monkeypatch.setattr("jetlab.train.scratch.FixedShapes", _Plain)
+        args = (
+            Study(common=common, tasks=tasks),
+            training,
+            "assets/teacher/0",
+            (3,),
+            "jetblock",
+            BlockDims(64, 4, 8, 16),
+        )
+        found = train_from_scratch(*args, label="x")
+        monkeypatch.undo()
+        return found.history[-1]["loss"]
+
+    assert run(True) == pytest.approx(run(False), rel=2e-2)

@@ -24,12 +24,17 @@ class Batch:
     def targets(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Where to predict and what: (row·T + position of the token before, target ids, per task which of them are its).
 
-        The first indexes hidden states flattened to [B · T, D].
+        The first indexes hidden states flattened to [B · T, D]. Raises ValueError for a task without an answer.
         """
         row, column = torch.nonzero(self.answer, as_tuple=True)
         names = sorted(set(self.task))
         of_row = torch.tensor([names.index(name) for name in self.task], device=row.device)
         which = {name: torch.nonzero(of_row[row] == index)[:, 0] for index, name in enumerate(names)}
+        if empty := [name for name, rows in which.items() if not len(rows)]:
+            raise ValueError(
+                f"each task needs an answer within a row of seq_len = {self.ids.shape[1]} tokens, {', '.join(empty)} has none "
+                "in this batch; raise seq_len or make the contexts smaller"
+            )
         return row * self.ids.shape[1] + column - 1, self.ids[row, column], which
 
     def weights(self, of_task: dict[str, float]) -> Tensor:
@@ -40,7 +45,7 @@ class Batch:
         position, _, which = self.targets()
         weights = torch.zeros(self.ids.numel(), device=self.ids.device)
         for name, rows in which.items():
-            weights[position[rows]] = of_task.get(name, 1.0) / max(1, len(rows))
+            weights[position[rows]] = of_task.get(name, 1.0) / len(rows)
         return weights
 
 

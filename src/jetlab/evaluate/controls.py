@@ -72,8 +72,10 @@ def parts(model: PreTrainedModel) -> dict[str, list[int]]:
     return {"linear": [i for i in range(len(slots(model))) if i not in attention], "attention": attention}
 
 
-def switched_off(model: PreTrainedModel, tokenizer, tasks: Tasks, seed: int) -> dict[tuple[str, str], dict[str, Score]]:
-    """(part, way) -> the score of every task on split `test` with all layers of that part off in that way.
+def switched_off(
+    model: PreTrainedModel, tokenizer, tasks: Tasks, seed: int, names: Iterable[str] | None = None
+) -> dict[tuple[str, str], dict[str, Score]]:
+    """(part, way) -> the score of every task, or of `names`, on split `test` with all layers of that part off in that way.
 
     Means are taken on split `search`, over contexts with their first question and its answer. A part without layers is
     left out.
@@ -81,7 +83,7 @@ def switched_off(model: PreTrainedModel, tokenizer, tasks: Tasks, seed: int) -> 
     examples = [e for task in build_tasks(tasks.sizes).values() for e in task.examples("search", N_MEAN_CONTEXTS, seed)]
     texts = [e.context + e.questions[0].prompt + e.questions[0].answer for e in examples]
     means = mean_outputs(model, tokenizer, texts)
-    paper = exam(tasks, tokenizer, "test", seed)
+    paper = exam(tasks, tokenizer, "test", seed, names)
     found = {}
     for part, layers in parts(model).items():
         for way in WAYS if layers else ():

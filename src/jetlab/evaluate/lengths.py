@@ -23,8 +23,8 @@ PLACES = ("before", "behind")
 class Stretched(Task):
     """`inner`, its context preceded or followed by about `n_characters` of plain text.
 
-    "before": the text comes first, and what is asked about lies at its usual distance from the question, at positions
-    never seen in training. "behind": the text stands between the two, and the states must carry over it.
+    "before": the text comes first, and what is asked about lies at its usual distance from the question; past the length of
+    a training row, at positions never seen. "behind": the text stands between the two, and states must carry over it.
     """
 
     inner: Task
@@ -57,9 +57,9 @@ class Stretched(Task):
         """Not drawn anew: the examples are those of `inner`."""
         raise NotImplementedError("a stretched task takes the examples of its inner task")
 
-    def examples(self, split: str, n: int, seed: int, **options) -> list[Example]:
-        found = self.inner.examples(split, n, seed, **options)
-        return [self._stretch(example, seed, index) for index, example in enumerate(found)]
+    def examples(self, split: str, n: int, seed: int, *, start: int = 0, **options) -> list[Example]:
+        found = self.inner.examples(split, n, seed, start=start, **options)
+        return [self._stretch(example, seed, index) for index, example in enumerate(found, start)]
 
     def _stretch(self, example: Example, seed: int, index: int) -> Example:
         if not self.n_characters:

@@ -9,9 +9,10 @@ from scipy import stats
 def explain(times: Sequence[float], causes: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     """Ordinary least squares of `times` on all `causes` at once with an intercept.
 
-    cause -> slope with its standard error, its p-value by Student's t, `unique`, the share of the variance of `times` that
-    is lost without this cause, and `alone`, the share that it explains by itself. The row "all" has the share explained
-    (R²) and the number of steps n. Raises ValueError unless there are more steps than coefficients.
+    cause -> slope with its standard error `se`, its p-value by Student's t, and `share`, the part of the mean time that it
+    takes, slope · mean cause / mean time, with `share_se`. Shares of variance are not given: they say how far the causes
+    were varied. The row "all" has the share of variance explained by all (R²) and the number of steps n. Raises ValueError
+    unless there are more steps than coefficients.
     """
     y = np.asarray(times, dtype=float)
     names = list(causes)
@@ -26,22 +27,15 @@ def explain(times: Sequence[float], causes: Mapping[str, Sequence[float]]) -> di
     left = y - design @ slopes
     variance = left @ left / (n - k - 1)
     errors = np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
-    explained = _share(y, x)
     found = {}
-    for i, name in enumerate(names):
-        others = np.delete(x, i, axis=1)
+    for i, name in enumerate(names, start=1):
+        part = float(x[:, i - 1].mean() / y.mean())
         found[name] = {
-            "slope": float(slopes[i + 1]),
-            "se": float(errors[i + 1]),
-            "p": float(2 * stats.t.sf(abs(slopes[i + 1] / errors[i + 1]), n - k - 1)),
-            "unique": explained - _share(y, others),
-            "alone": _share(y, x[:, [i]]),
+            "slope": float(slopes[i]),
+            "se": float(errors[i]),
+            "p": float(2 * stats.t.sf(abs(slopes[i] / errors[i]), n - k - 1)),
+            "share": float(slopes[i]) * part,
+            "share_se": float(errors[i]) * part,
         }
+    explained = float(1 - left @ left / ((y - y.mean()) @ (y - y.mean())))
     return found | {"all": {"explained": explained, "n": n}}
-
-
-def _share(y: np.ndarray, x: np.ndarray) -> float:
-    """R² of y on the columns of x and a constant."""
-    design = np.column_stack([np.ones(len(y)), x])
-    left = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
-    return float(1 - left @ left / ((y - y.mean()) @ (y - y.mean())))

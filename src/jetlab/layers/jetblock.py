@@ -25,6 +25,28 @@ from jetlab.ops import dynamic_conv, gated_delta_rule, short_conv
 Conv = Literal["none", "static", "dynamic"]
 CONVS = get_args(Conv)
 START_STD = 0.02  # of the generator's random weights, as of the released bias
+# What the study compares: options of `JetBlock` by name, and the taps of its convolutions where they are not 4.
+VARIANTS: dict[str, dict] = {
+    "none": {"conv_v": "none"},
+    "static": {"conv_v": "static"},
+    "dynamic": {},  # as published
+    "static_qk": {"conv_v": "static", "conv_q": "static", "conv_k": "static"},
+    "dynamic_static_qk": {"conv_q": "static", "conv_k": "static"},
+    "dynamic_also_q": {"conv_q": "dynamic"},
+    "dynamic_also_k": {"conv_k": "dynamic"},
+    "dynamic_also_qk": {"conv_q": "dynamic", "conv_k": "dynamic"},
+    "static_2_taps": {"conv_v": "static", "conv_size": 2},
+    "static_8_taps": {"conv_v": "static", "conv_size": 8},
+    "dynamic_2_taps": {"conv_size": 2},
+    "dynamic_3_taps": {"conv_size": 3},
+    "dynamic_8_taps": {"conv_size": 8},
+    "dynamic_2_units": {"generator_hidden": 2},
+    "dynamic_4_units": {"generator_hidden": 4},
+    "dynamic_16_units": {"generator_hidden": 16},
+    "dynamic_32_units": {"generator_hidden": 32},
+    "dynamic_random_start": {"random_start": True},
+    "static_equal_params": {"conv_v": "static", "value_branch": True},
+}
 
 
 class KernelGenerator(nn.Module):
@@ -143,7 +165,7 @@ class JetBlock(nn.Module):
         self.A_log, self.dt_bias = decay_parameters(H, generator)
         self.o_norm = GatedRMSNorm(dims.head_dim_v)
         self.o_proj = linear(Vd, D, generator, gain=OUTPUT_GAIN)
-        # The convolutions are drawn last, so that variants share every other weight at a given seed.
+        # The convolutions are drawn last, so that blocks with other ones share every other weight at a given seed.
         options = {"random_start": random_start, "generator": generator}
         for name, kind, width in (("v", conv_v, Vd), ("q", conv_q, Kd), ("k", conv_k, Kd)):
             static = nn.Parameter(short_kernel(width, dims.conv_size, generator)) if kind == "static" else None

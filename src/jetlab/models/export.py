@@ -41,7 +41,8 @@ _SHARED = (  # keys that Qwen2 and Jet-Nemotron name alike
 def save(model: PreTrainedModel, folder: str | Path, tokenizer, *, dims: BlockDims | None, **options) -> None:
     """Write the hybrid as config.json, model.safetensors and its tokeniser; `options` are those of its linear kind.
 
-    Raises ValueError if the decoder is no Qwen2, whose attention Jet-Nemotron has, or if a layer has several paths.
+    Raises ValueError if the decoder is no Qwen2 with plain rotary positions, whose attention Jet-Nemotron has, if a layer has
+    several paths, or if its windows differ.
     """
     if not isinstance(model, Qwen2ForCausalLM):
         raise ValueError(
@@ -51,28 +52,28 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer, *, dims: BlockDi
         raise ValueError(
             "a supernet holds several paths a layer; choose one architecture with surgery.prune, then save"
         )
+    rope = model.config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"Jet-Nemotron has plain rotary positions, got rope_type {rope['rope_type']!r}; use surgery.save, which keeps it"
+        )
     kinds = list(surgery.kinds_of(model))
-    section = (
-        {} if dims is None else {"num_heads": dims.n_heads, "head_dim": dims.head_dim, "head_dim_v": dims.head_dim_v}
-    )
-    section |= {} if dims is None else {"conv_size": dims.conv_size, "options": options}
-    sections = {kind: section for kind in sorted(set(kinds) - set(ATTENTION_KINDS))}
-    windows = [
-        path.window
-        for slot in surgery.slots(model)
-        for path in slot.paths.values()
-        if slot.active == "sliding_attention"
-    ]
+    sections = {} if dims is None else {kind: _section(dims, options) for kind in set(kinds) - set(ATTENTION_KINDS)}
+    windows = {slot.paths[slot.active].window for slot in surgery.slots(model) if slot.active == "sliding_attention"}
+    if len(windows) > 1:
+        raise ValueError(
+            f"a Jet-Nemotron folder holds one window for all layers, got {sorted(windows)}; use surgery.save"
+        )
     if windows:
-        sections["sliding_attention"] = {"window_size": windows[0]}
+        sections["sliding_attention"] = {"window_size": windows.pop()}
     config = JetNemotronConfig(
-        **{key: getattr(model.config, key) for key in _SHARED if hasattr(model.config, key)},
-        rope_theta=model.config.rope_parameters["rope_theta"],
+        **{key: getattr(model.config, key) for key in _SHARED},
+        rope_theta=rope["rope_theta"],
         attention_bias=True,
         layer_kinds=kinds,
         efficient_attention_config=sections,
         architectures=["JetNemotronForCausalLM"],
-        dtype="float32",
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,11 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer, *, dims: BlockDi
         weights.pop("lm_head.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
+
+
+def _section(dims: BlockDims, options: dict) -> dict:
+    widths = {"num_heads": dims.n_heads, "head_dim": dims.head_dim, "head_dim_v": dims.head_dim_v}
+    return widths | {"conv_size": dims.conv_size, "options": options}
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, object]:
@@ -110,14 +116,16 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Pre
         options["window"] = config.sliding_window
     surgery.convert(model, config.layer_kinds, dims, **options)
     saved = load_file(folder / "model.safetensors")
-    names = {_PATH.sub("self_attn.", name): name for name in model.state_dict()}
+    mine = model.state_dict()
+    names = {_PATH.sub("self_attn.", name): name for name in mine}
     if config.tie_word_embeddings:
         names.pop("lm_head.weight")
     missing, extra = sorted(set(names) - set(saved)), sorted(set(saved) - set(names))
-    if missing or extra:
+    other = [name for name in sorted(set(names) & set(saved)) if saved[name].shape != mine[names[name]].shape]
+    if missing or extra or other:
         raise ValueError(
-            f"{folder}/model.safetensors does not fit its config: tensors missing {missing[:4]}, not expected {extra[:4]}; "
-            "run the stage that wrote it again"
+            f"{folder}/model.safetensors does not fit its config: tensors missing {missing[:4]}, not expected {extra[:4]}, "
+            f"of another shape {other[:4]}; run the stage that wrote it again"
         )
     model.load_state_dict({names[name]: x for name, x in saved.items()}, strict=False)
     model.tie_weights()

@@ -359,11 +359,15 @@ def hybrid_over_uniform(study: Study) -> Estimate | None:
 
 
 @_derived
-def cache_explains_more_than_weights(study: Study) -> Estimate | None:
-    """Share of the spread in decoding time on an H100 that keys, values and states explain alone, minus that of weights."""
-    names = [f"h100_{cause}_unique" for cause in ("keys_and_values", "states", "weights")]
+def cache_takes_more_time_than_weights(study: Study) -> Estimate | None:
+    """Part of a decoding step's time on an H100 that keys, values and states take, minus the part of the weights."""
+    names = [f"h100_{cause}_share_of_time" for cause in ("keys_and_values", "states", "weights")]
     parts = [study.get("hardware", name) for name in names]
-    return None if None in parts else Estimate(parts[0].value + parts[1].value - parts[2].value)
+    if None in parts:
+        return None
+    keys, states, weights = parts
+    error = math.hypot(*(part.se for part in parts))
+    return Estimate(keys.value + states.value - weights.value, error, keys.n)
 
 
 def speedups(study: Study, phase: str) -> dict[int, Estimate]:

@@ -1,7 +1,7 @@
 """Many short runs that differ in few things, side by side: what the comparisons of blocks, options and widths rest on.
 
-A replicate is a teacher with a seed, which draws data, initial values and the examples of every split; within one all
-cells see the same data in the same order and answer the same test examples, so differences are paired within it.
+A seed draws data, initial values and the examples of every split: with one, all cells see the same data in the same order
+and answer the same test examples, whatever their teacher (`jetlab.evaluate.replicates`).
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from jetlab.config import CellStudy, DistillStudy, VariantStudy, parse_size
+from jetlab.config import CellStudy, DistillStudy, SizeStudy, VariantStudy
 from jetlab.evaluate.compare import metric_name
 from jetlab.evaluate.controls import switched_off
 from jetlab.evaluate.lengths import over_lengths
@@ -51,27 +51,23 @@ def list_cells(study: CellStudy, n_layers: int, d_model: int) -> list[Cell]:
     dims = study.dims.block(d_model)
     rate = study.scratch.learning_rate if study.family == "scratch" else study.training.learning_rate
     common = {"learning_rate": rate, "teacher": study.teachers[0], "seed": study.seeds[0]}
-    match study.family:
-        case "blocks":
-            target = MIXERS["jetblock"].n_params(dims)
-            shapes = [
-                (kind, equal, kind, dims if equal == "state" else nearest_params(kind, dims, target, n_layers), {})
-                for kind in study.blocks
-                for equal in EQUAL
-            ]
-        case "scratch":
-            shapes = [(kind, "state", kind, dims, {}) for kind in study.blocks]
-        case "jetblock":
-            shapes = []
-            for name in study.jetblock:
-                variant = VariantStudy.from_params(
-                    common=study.common, tasks=study.tasks, dims=study.dims, training=study.training, variant=name
-                )
-                shapes.append((name, "state", "jetblock", variant.block(d_model), variant.options))
-        case "sizes":
-            shapes = [(size, "state", "jetblock", parse_size(size).block(d_model), {}) for size in study.sizes]
-        case "final":
-            shapes = [("hybrid", "state", "jetblock", dims, {})]
+    shapes: list[tuple] = []  # (name, what is equal, kind, dims, options)
+    if study.family in ("blocks", "contrasts", "scratch"):
+        shapes += [(kind, "state", kind, dims, {}) for kind in study.blocks]
+    if study.family == "blocks":
+        target = MIXERS["jetblock"].n_params(dims)
+        shapes += [(kind, "params", kind, nearest_params(kind, dims, target, n_layers), {}) for kind in study.blocks]
+    sections = {"common": study.common, "tasks": study.tasks, "training": study.training}
+    if study.family in ("jetblock", "contrasts"):
+        for name in study.jetblock:
+            variant = VariantStudy.from_params(**sections, dims=study.dims, variant=name)
+            shapes.append((name, "state", "jetblock", variant.block(d_model), variant.options))
+    if study.family == "sizes":
+        for name in study.sizes:
+            size = SizeStudy.from_params(**sections, state_size=study.state_size, size=name)
+            shapes.append((name, "state", "jetblock", size.dims.block(d_model), {}))
+    if study.family == "final":
+        shapes.append(("hybrid", "state", "jetblock", dims, {}))
     return [
         Cell(name, placement, equal, kind, own, options, full[placement], **common)
         for placement in study.placements
@@ -110,11 +106,17 @@ def run_cells(study: CellStudy, cells: Sequence[Cell]) -> list[dict]:
 
     A row has the fields of the cell, `params`, `block_params`, `state_bytes`, the last `loss`, and for each task its score
     on split `test` (`{task}`) with the loss of the right answer (`{task}_loss`), and on `select` (`{task}_select`). A
-    run that diverges leaves its scores blank. Family final adds for each task its score after stage 1
-    (`{task}_stage1`), with a part switched off (`{task}_{part}_{way}`, `controls.switched_off`), the teacher's
-    (`{task}_teacher`), and those of both on stretched contexts (`{task}_{place}_{characters}`, with `_teacher` behind).
+    run that diverges leaves its scores blank. Family final has for each task the score after stage 2 with its loss
+    (`{task}`, `{task}_loss`), that after stage 1 (`{task}_stage1`), with a part switched off (`{task}_{part}_{way}`,
+    `controls.switched_off`), the teacher's (`{task}_teacher`), and those of both on stretched contexts
+    (`{task}_{place}_{characters}`, with `_teacher` behind).
     """
-    return parallel_map(partial(_run, study), cells, n_workers=study.n_workers)
+    alone = [replace(cell, equal="state") for cell in cells]  # equal dims at equal state and parameters: one run
+    kept = [alone.index(cell) for cell in alone]
+    once = sorted(set(kept))
+    trained = parallel_map(partial(_run, study), [cells[i] for i in once], n_workers=study.n_workers)
+    found = dict(zip(once, trained, strict=True))
+    return [found[i] | {"equal": cell.equal} for i, cell in zip(kept, cells, strict=True)]
 
 
 def _run(study: CellStudy, cell: Cell) -> dict:
@@ -162,7 +164,9 @@ def _final(study: CellStudy, cell: Cell, options: dict) -> dict:
     run = distill(two_stages, cell.teacher, cell.layers, cell.kind, cell.dims, options=cell.options)
     model, tokenizer, seed = run.hybrid.model, run.hybrid.tokenizer, study.common.seed
     teacher = surgery.attach(surgery.load(cell.teacher, device=study.common.device)[0])
-    row = _scores(run.hybrid) | {metric_name(task): score.value for task, score in run.stage2.items()}
+    row = _size(run.hybrid) | {"stage1_loss": run.hybrid.history[-1]["loss"], "loss": run.history[-1]["loss"]}
+    for task, score in run.stage2.items():
+        row |= {metric_name(task): score.value, f"{task}_loss": -score.neg_loss}
     row |= {f"{task}_stage1": score.value for task, score in run.stage1.items()}
     known = exam(study.tasks, tokenizer, "test", seed).score(teacher)
     row |= {f"{task}_teacher": score.value for task, score in known.items()}
@@ -178,12 +182,15 @@ def _final(study: CellStudy, cell: Cell, options: dict) -> dict:
 
 
 def _scores(run: HybridRun) -> dict:
-    row = {"params": run.n_params, "block_params": run.block_params, "state_bytes": run.state_bytes}
-    row["loss"] = run.history[-1]["loss"]
+    row = _size(run) | {"loss": run.history[-1]["loss"]}
     for task, score in run.scores.items():
         row |= {metric_name(task): score.value, f"{task}_loss": -score.neg_loss}
         row[f"{task}_select"] = run.selection[task].value
     return row
+
+
+def _size(run: HybridRun) -> dict:
+    return {"params": run.n_params, "block_params": run.block_params, "state_bytes": run.state_bytes}
 
 
 def best_rates(rows: Sequence[dict]) -> dict[tuple[str, str], float]:

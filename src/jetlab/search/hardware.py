@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from jetlab.evaluate import replicates
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -30,17 +32,15 @@ def choose(rows: list[dict]) -> dict:
 
 
 def choose_by_replicates(cells: "pd.DataFrame") -> str:
-    """The name that `RULE` picks by the means over replicates of the scores on split `select`, and their standard errors."""
-    rows = []
-    for name, own in cells.groupby("name", sort=False):
-        row = {
-            "name": name,
-            "size": name,
-            "state_bytes": int(own["state_bytes"].iloc[0]),
-            "params": int(own["params"].iloc[0]),
-        }
-        for task in ("retrieval", "math"):
-            scores = own[f"{task}_select"]
-            row |= {task: float(scores.mean()), f"{task}_se": float(scores.sem())}
-        rows.append(row)
-    return choose(rows)["name"]
+    """The name that `RULE` picks by the scores of several seeds on split `select`.
+
+    Its standard errors are those of the differences from the highest, paired within seeds. Raises ValueError for cells of
+    several placements, or of one seed.
+    """
+    scores = cells.assign(both=(cells["retrieval_select"] + cells["math_select"]) / 2)
+    wide = replicates.table(scores, "both")
+    top = wide.mean().idxmax()
+    gaps = {name: replicates.mean_of(wide[top] - wide[name]) for name in wide}
+    size = cells.drop_duplicates("name").set_index("name")
+    equal = [name for name, gap in gaps.items() if gap.value <= gap.se]
+    return min(equal, key=lambda name: (size.state_bytes[name], size.params[name], name))

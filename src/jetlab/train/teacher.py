@@ -103,7 +103,7 @@ class _Steps(Dataset):
 def muon_and_adamw(
     model: PreTrainedModel, muon_learning_rate: float, learning_rate: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of linear maps inside the layers, AdamW for embeddings, norms, biases, kernels and gates."""
+    """Muon for all linear maps inside the layers, gates and kernel generators among them; AdamW for the rest."""
     maps = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
     matrices = [module.weight for module in maps]
     chosen = set(map(id, matrices))
