@@ -96,7 +96,11 @@ def tree(tmp_path):
     )
     write_json("blocks/choice.json", {"block": "jetblock", "margin": 0.01, "se": 0.01})
     variants = {"none": 0.6, "static": 0.8, "dynamic": 0.81, "dynamic_minus_static": 0.01}
-    write_estimates(root / "jetblock/estimates.csv", {f"{t}_{v}": x for t in SCORED_TASKS for v, x in variants.items()})
+    write_estimates(
+        root / "jetblock/estimates.csv",
+        {f"{t}_{v}": x for t in SCORED_TASKS for v, x in variants.items()}
+        | {f"{v}_params": 19000 for v in ("none", "static", "dynamic")},
+    )
     write_csv(
         root / "hardware/grid.csv",
         [
@@ -107,7 +111,7 @@ def tree(tmp_path):
     )
     write_json("hardware/choice.json", {"name": "2x16x32"})
     shares = {"keys_and_values": 0.3, "states": 0.4, "weights": 0.01}
-    write_estimates(root / "hardware/estimates.csv", {f"h100_{cause}_unique": x for cause, x in shares.items()})
+    write_estimates(root / "hardware/estimates.csv", {f"h100_{cause}_share_of_time": x for cause, x in shares.items()})
     write_estimates(
         root / "distill/estimates.csv", {f"{t}_{s}": v for t in TASKS for s, v in (("stage1", 0.9), ("stage2", 0.94))}
     )
@@ -116,12 +120,11 @@ def tree(tmp_path):
         {f"{t}_{m}": v for t in TASKS for m, v in (("teacher", 0.97), ("hybrid", 0.94), ("uniform", 0.6))},
     )
     write_csv(
-        root / "evaluate/record_lengths.csv",
+        root / "evaluate/axes.csv",
         [
-            {"model": m, "place": p, "text": n, "accuracy": 0.9 - n / 1000, "se": 0.01}
-            for m in ("teacher", "found", "uniform")
-            for p in ("before", "behind")
-            for n in (0, 256)
+            {"axis": a, "model": m, "where": w, "score": 50.0, "se": None if w == "printed" else 1.0}
+            for a in ("math", "retrieval")
+            for m, w in (("Qwen2.5-1.5B", "printed"), ("found", "ours"))
         ],
     )
     write_csv(root / "evaluate/samples.csv", [{"task": "math", "prompt": "a=1 | b=2", "answer": "3", "hybrid": "3"}])

@@ -285,6 +285,25 @@ def intervals(
     return fig
 
 
+def interval_panels(rows, labels: Sequence[str], column: str):
+    """`intervals` of rows {`column`, model, where, score [points], se}, a panel for each `where`, a series for each model.
+
+    A label without a row leaves its place empty; a score without `se` has no whisker.
+    """
+    rows = _rows(rows)
+    sides = list(dict.fromkeys(row["where"] for row in rows))
+    fig, axes = figure(1, len(sides), width=6 * len(sides), height=3.6, squeeze=False)
+    for ax, where in zip(axes.flat, sides, strict=True):
+        values, errors = {}, {}
+        for model in dict.fromkeys(row["model"] for row in rows if row["where"] == where):
+            own = {row[column]: row for row in rows if row["model"] == model}
+            values[model] = [own[label]["score"] if label in own else None for label in labels]
+            errors[model] = [own[label].get("se") if label in own else None for label in labels]
+        errors = {name: [x if x is not None and _given(x) else None for x in own] for name, own in errors.items()}
+        intervals(labels, values, errors, x_label="score [points]", y_label=column, title=where, ax=ax)
+    return fig
+
+
 def bubbles(
     points: Sequence[tuple[str, float, float, float]],
     *,

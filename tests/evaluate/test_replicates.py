@@ -109,7 +109,12 @@ def test_orders_that_agree_correlate_and_are_no_chance():
     assert (mean.value, chance) == (pytest.approx(-1.0), 1.0)
     some = first[first.name.isin(list("abd")) & (first.seed < 4)]
     mean, chance = replicates.rank_correlation(first, some, "score")
-    assert (mean.value, mean.n, chance) == (pytest.approx(1.0), 4, pytest.approx(1 / 6))  # over the names and the seeds that both have
+    assert (mean.value, mean.n, chance) == (
+        pytest.approx(1.0),
+        4,
+        pytest.approx(1 / 6),
+        # over the names and the seeds that both have
+    )
 
 
 def test_spread_is_within_teachers():
@@ -119,3 +124,24 @@ def test_spread_is_within_teachers():
     assert row["difference"] == pytest.approx(np.sqrt(2.0))
     (alone,) = replicates.spread(table[table.seed == 0], ["score"])
     assert alone["one_run"] is None and alone["difference"] is None
+
+
+TASKS = ("retrieval", "math")
+
+
+def test_the_rule_for_widths_reads_select_and_pairs_within_seeds():
+    shared = {1: 0.0, 2: 0.3, 3: -0.2}  # what makes a seed easy or hard is no difference between settings
+    shapes = (("large", 9, (0.6, 0.61, 0.605)), ("small", 5, (0.604, 0.6, 0.606)), ("poor", 1, (0.5, 0.49, 0.5)))
+    rows = [
+        {"name": name, "params": params, "state_bytes": 100, "teacher": 0, "seed": seed, "placement": "none"}
+        | {"retrieval_select": score + shared[seed], "math_select": score + shared[seed]}
+        for name, params, scores in shapes
+        for seed, score in zip(shared, scores, strict=True)
+    ]
+    assert (
+        replicates.cheapest_of_the_best(pd.DataFrame(rows), TASKS) == "small"
+    )  # no further from the highest than its error, and cheaper
+    with pytest.raises(ValueError, match="choose a placement and `equal`"):
+        replicates.cheapest_of_the_best(pd.DataFrame(rows + [row | {"placement": "found"} for row in rows]), TASKS)
+    with pytest.raises(ValueError, match="add seeds"):
+        replicates.cheapest_of_the_best(pd.DataFrame([row for row in rows if row["seed"] == 1]), TASKS)

@@ -1,6 +1,5 @@
 """Specification of cells: what a family holds, what a replicate shares, and what a row says."""
 
-import pandas as pd
 import pytest
 
 from jetlab.config import CellStudy, ConfigError
@@ -8,7 +7,6 @@ from jetlab.layers import MIXERS
 from jetlab.layers.dims import BlockDims
 from jetlab.layers.jetblock import VARIANTS
 from jetlab.search import cells
-from jetlab.search.hardware import choose_by_replicates
 from jetlab.tasks import SCORED
 from jetlab.train.loop import TrainingDiverged
 
@@ -161,21 +159,3 @@ def test_what_cannot_be_compared_is_refused(study):
         study(family="scratch", teachers=["assets/teacher/0", "assets/teacher/1"])
     with pytest.raises(ConfigError, match="a size must hold state_size = 512 numbers, h1_k2_v3 holds 6"):
         cells.list_cells(study(family="sizes", sizes=["h1_k2_v3"]), 8, 64)
-
-
-def test_the_rule_for_widths_reads_select_and_pairs_within_seeds():
-    shared = {1: 0.0, 2: 0.3, 3: -0.2}  # what makes a seed easy or hard is no difference between settings
-    shapes = (("large", 9, (0.6, 0.61, 0.605)), ("small", 5, (0.604, 0.6, 0.606)), ("poor", 1, (0.5, 0.49, 0.5)))
-    rows = [
-        {"name": name, "params": params, "state_bytes": 100, "teacher": 0, "seed": seed, "placement": "none"}
-        | {"retrieval_select": score + shared[seed], "math_select": score + shared[seed]}
-        for name, params, scores in shapes
-        for seed, score in zip(shared, scores, strict=True)
-    ]
-    assert (
-        choose_by_replicates(pd.DataFrame(rows)) == "small"
-    )  # no further from the highest than its error, and cheaper
-    with pytest.raises(ValueError, match="choose a placement and `equal`"):
-        choose_by_replicates(pd.DataFrame(rows + [row | {"placement": "found"} for row in rows]))
-    with pytest.raises(ValueError, match="add seeds"):
-        choose_by_replicates(pd.DataFrame([row for row in rows if row["seed"] == 1]))

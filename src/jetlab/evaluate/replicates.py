@@ -91,6 +91,21 @@ def difference(cells: pd.DataFrame, first: str, second: str, column: str) -> Mea
     return contrast(cells, [first], [second], column)
 
 
+def cheapest_of_the_best(cells: pd.DataFrame, tasks: Sequence[str]) -> str:
+    """The name with the fewest bytes of state, then parameters, among those as good as the best: `search.hardware.RULE`.
+
+    As good is no further from the highest mean of `tasks` on split `select` than the standard error of that difference,
+    paired within seeds. Raises ValueError for cells of several placements, or of one seed.
+    """
+    score = cells[[f"{task}_select" for task in tasks]].mean(axis=1, skipna=False)
+    wide = table(cells.assign(score=score), "score")
+    top = wide.mean().idxmax()
+    size = cells.drop_duplicates("name").set_index("name")
+    gaps = {name: mean_of(wide[top] - wide[name]) for name in wide}
+    equal = [name for name, gap in gaps.items() if gap.value <= gap.se]
+    return min(equal, key=lambda name: (size["state_bytes"][name], size["params"][name], name))
+
+
 def ranks(cells: pd.DataFrame, column: str) -> dict[str, Mean]:
     """The mean rank of each name, 1 the highest within a seed; ties share their mean rank."""
     ranked = table(cells, column).rank(axis=1, ascending=False)

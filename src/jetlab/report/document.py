@@ -268,7 +268,7 @@ def _ratios(study: Study) -> Table:
 ASKED_VARIANTS = ("none", "static", "dynamic", "dynamic_static_qk", "dynamic_also_qk", "static_equal_params")
 
 
-def _six_runs(study: Study, stage: str, names: Sequence[str], columns: dict[str, str]) -> list[Block]:
+def _over_seeds(study: Study, stage: str, names: Sequence[str], columns: dict[str, str]) -> list[Block]:
     """Means over the scored tasks from the record, by the keys `record_{column}_mean_{name}`; nothing where it has none."""
     rows = [
         (name, *(with_error(study.get(stage, f"record_{column}_mean_{name}")) for column in columns.values()))
@@ -278,7 +278,9 @@ def _six_runs(study: Study, stage: str, names: Sequence[str], columns: dict[str,
     if not rows:
         return []
     return [
-        Paragraph("Mean of the scored tasks in the record, ± standard error over six runs:"),
+        Paragraph(
+            "Mean of the scored tasks in the record of three seeds and two teachers, ± standard error over the seeds:"
+        ),
         _table(("", *columns), rows),
     ]
 
@@ -325,8 +327,8 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
             "is better. The error of a score is that of its test contexts, and differences add two of them in squares. "
             "It is not that of training: from section 4 on each model of this machine is one training run, so a verdict "
             "between two of them says which of these two was better, not that the next seed will agree. Rows that say "
-            "**six runs** are of the record of one H100 (notebook 16): two teachers, three seeds, differences within "
-            "each, errors over these six. n counts contexts, of several questions each (or searches, runs). "
+            "**seeds** are of the records of one H100 (notebook 16), averaged over two teachers and compared within a "
+            "seed; their errors are those of so many seeds. n counts contexts, of several questions each (or searches, seeds). "
             "Throughput errors are the spread over repeats. "
             "For a speed of a published model the number beside the paper's is the ratio that memory traffic and "
             "operations allow: **disagrees** then says that the hardware alone does not give the printed ratio. "
@@ -385,7 +387,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         f"examples than those of the table: {best_block}. The controls, facts and text, stand in the notebook.",
         *figure("blocks", "Accuracy of the blocks, with standard errors."),
         _blocks(study),
-        *_six_runs(
+        *_over_seeds(
             study, "blocks", figures.block_kinds(study), {"found": "found_state", "no full layer": "none_state"}
         ),
     )
@@ -398,7 +400,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "nineteen variants of the record stand in the notebook; here those that the claims ask about.",
         *figure("jetblock", "Accuracy of the variants, with standard errors."),
         _keys(study, "jetblock", {v: v for v in figures.variants(study)}),
-        *_six_runs(study, "jetblock", ASKED_VARIANTS, {"found": "found", "no full layer": "none"}),
+        *_over_seeds(study, "jetblock", ASKED_VARIANTS, {"found": "found", "no full layer": "none"}),
     )
     out += _section(
         study,
@@ -417,7 +419,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "distill",
         "7 · Two stages of distillation (paper: Sec 3.1)",
         "Stage 1 trains the new layers with frozen MLPs, stage 2 all weights. The waterfall is the paper's Fig 3 on the "
-        "record: six runs a bar, trained alike by stage 1.",
+        "record: every bar trained alike by stage 1, two teachers and three seeds.",
         *figure("waterfall", "What each step of the search added, with the standard errors of the steps."),
         _keys(study, "distill", {"after stage 1": "stage1", "after stage 2": "stage2"}),
     )

@@ -8,7 +8,7 @@ from jetlab import plots
 from jetlab.inference import roofline
 from jetlab.models import zoo
 from jetlab.report.derived import speedups
-from jetlab.report.study import SCORED_TASKS, Estimate, Study, mean
+from jetlab.report.study import SCORED_TASKS, Study, mean
 
 PATH = (
     ("teacher", "full attention"),
@@ -130,8 +130,8 @@ def blocks(study: Study):
 
 
 def variants(study: Study) -> list[str]:
-    """Variants of the JetBlock that were trained."""
-    return [v for v in ("none", "static", "static_qk", "dynamic") if study.tasks("jetblock", v)]
+    """Variants of the JetBlock that were trained here, by the keys `{variant}_params`."""
+    return [key.removesuffix("_params") for key in study.estimates["jetblock"] if key.endswith("_params")]
 
 
 def jetblock(study: Study):
@@ -154,8 +154,6 @@ def hardware(study: Study):
 
 
 EVALUATED = {"teacher": "teacher", "hybrid": "hybrid", "hybrid, uniform": "uniform"}  # column -> suffix of its keys
-RECORDED = {"teacher": "teacher", "found": "found", "uniform": "uniform"}
-LONG_CONTEXT = 256  # characters of text between context and question: twice a row of training
 STEPS = ("uniform placement", "found placement", "Gated DeltaNet", "JetBlock", "widths")
 
 
@@ -165,7 +163,7 @@ def evaluate(study: Study):
 
 
 def waterfall(study: Study):
-    """What each step of the search added, over six replicates of the record (Fig 3); whiskers are errors of the steps."""
+    """What each step of the search added, over the seeds of the record (Fig 3); whiskers are errors of the steps."""
     steps = [study.get("distill", f"record_mean_step_{name.replace(' ', '_')}") for name in STEPS]
     if None in steps:
         return None
@@ -175,31 +173,9 @@ def waterfall(study: Study):
 
 
 def six_axes(study: Study):
-    """The paper's axes and ours side by side, of the published models and of six replicates of ours."""
-    axes = study.paper["axes"]
-    fig, (left, right) = plots.figure(1, 2, width=12, height=3.6)
-    labels = {"x_label": "score [points]", "y_label": "axis"}
-    names = [row["axis"] for row in axes]
-    printed = {
-        model: [next(r for r in study.paper[a["table"]] if r["model"] == model)[a["column"]] for a in axes]
-        for model in ("Qwen2.5-1.5B", "Jet-Nemotron-2B")
-    }
-    plots.intervals(names, printed, ax=left, title="printed, 2 billion parameters", **labels)
-    values, errors = {}, {}
-    for model in RECORDED:
-        stretched = next(
-            row
-            for row in study.tables["evaluate"]["record_lengths"]
-            if (row["model"], row["place"], row["text"]) == (model, "behind", LONG_CONTEXT)
-        )
-        long = Estimate(stretched["accuracy"], stretched["se"])
-        own = [
-            long if a["axis"] == "long context" else study.get("evaluate", f"record_{a['task']}_{model}") for a in axes
-        ]
-        values[model] = [None if e is None else 100 * e.value for e in own]
-        errors[model] = [None if e is None else 100 * (e.se or 0.0) for e in own]
-    plots.intervals(names, values, errors, ax=right, title="ours, half a million", **labels)
-    return fig
+    """The paper's axes and ours side by side."""
+    rows = study.tables["evaluate"].get("axes")
+    return plots.interval_panels(rows, [row["axis"] for row in study.paper["axes"]], "axis") if rows else None
 
 
 def accuracy_over_speed(study: Study):

@@ -20,7 +20,7 @@ FILES = {  # stage -> files that the report cannot do without
     "jetblock": ("estimates.csv",),
     "hardware": ("estimates.csv", "grid.csv", "choice.json"),
     "distill": ("estimates.csv",),
-    "evaluate": ("estimates.csv", "record_lengths.csv", "samples.csv"),
+    "evaluate": ("estimates.csv", "axes.csv", "samples.csv"),
     "throughput": ("throughput.csv", "roofline.csv"),
 }
 STAGES = tuple(FILES)
