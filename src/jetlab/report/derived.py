@@ -359,15 +359,10 @@ def hybrid_over_uniform(study: Study) -> Estimate | None:
 
 
 @_derived
-def cache_takes_more_time_than_weights(study: Study) -> Estimate | None:
-    """Part of a decoding step's time on an H100 that keys, values and states take, minus the part of the weights."""
-    names = [f"h100_{cause}_share_of_time" for cause in ("keys_and_values", "states", "weights")]
-    parts = [study.get("hardware", name) for name in names]
-    if None in parts:
-        return None
-    keys, states, weights = parts
-    error = math.hypot(*(part.se for part in parts))
-    return Estimate(keys.value + states.value - weights.value, error, keys.n)
+def keys_and_values_take_more_time_than_weights(study: Study) -> Estimate | None:
+    """Part of a decoding step's time on an H100 that keys and values take, minus the part of the weights."""
+    keys, weights = (study.get("hardware", f"h100_{cause}_share_of_time") for cause in ("keys_and_values", "weights"))
+    return None if None in (keys, weights) else keys - weights
 
 
 def speedups(study: Study, phase: str) -> dict[int, Estimate]:
