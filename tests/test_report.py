@@ -94,6 +94,7 @@ def tree(tmp_path):
         {f"{t}_{k}": v for t in SCORED_TASKS for k, v in kinds.items()}
         | {f"{k}_{what}": n for k in kinds for what, n in (("params", 12000), ("state_bytes", 8192))},
     )
+    write_estimates(root / "block_seeds/estimates.csv", {"fresh_none_mean_jetblock_minus_gated_deltanet": 0.0})
     write_json("blocks/choice.json", {"block": "jetblock", "margin": 0.01, "se": 0.01})
     variants = {"none": 0.6, "static": 0.8, "dynamic": 0.81, "dynamic_minus_static": 0.01}
     write_estimates(

@@ -44,6 +44,7 @@ NOTEBOOKS = {  # stage -> the notebook that shows it
     "supernet": "02_supernet",
     "placement": "03_placement",
     "blocks": "04_blocks",
+    "block_seeds": "04b_blocks_over_seeds",
     "jetblock": "05_jetblock",
     "hardware": "06_hardware_search",
     "distill": "07_distill",
@@ -384,11 +385,13 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "parameters differ, and so do the bytes of all that is carried, by the inputs of the convolutions. Same data "
         "and steps. Where a task is near 1 for all blocks it tells nothing, and the mean rests on the others. The "
         "paper timed RWKV7 but did not train it, and gives the JetBlock's scores in Fig 3. Best here, chosen on other "
-        f"examples than those of the table: {best_block}. The controls, facts and text, stand in the notebook.",
+        f"examples than those of the table: {best_block}. The controls, facts and text, stand in the notebook. What several "
+        "seeds say, also without any full layer and at equal parameters, is in "
+        "[notebook 04b](notebooks/04b_blocks_over_seeds.ipynb).",
         *figure("blocks", "Accuracy of the blocks, with standard errors."),
         _blocks(study),
         *_over_seeds(
-            study, "blocks", figures.block_kinds(study), {"found": "found_state", "no full layer": "none_state"}
+            study, "block_seeds", figures.block_kinds(study), {"found": "found_state", "no full layer": "none_state"}
         ),
     )
     out += _section(

@@ -17,6 +17,7 @@ FILES = {  # stage -> files that the report cannot do without
     "supernet": ("estimates.csv", "loss_t0.csv", "loss_t1.csv"),
     "placement": ("estimates.csv", "choice.json", "importance.csv", "selectors.csv"),
     "blocks": ("estimates.csv", "choice.json"),
+    "block_seeds": ("estimates.csv",),
     "jetblock": ("estimates.csv",),
     "hardware": ("estimates.csv", "grid.csv", "choice.json"),
     "distill": ("estimates.csv",),
