@@ -312,14 +312,16 @@ def bubbles(
     title: str = "",
     ax=None,
 ):
-    """Dots (name, x, y, size) whose area is proportional to `size`, each with its name, over a logarithmic x."""
+    """Dots (name, x, y, size) with an area proportional to `size`, each with its name; x is logarithmic over a decade or more."""
     fig, ax = _axes(ax, x_label, y_label, title)
     largest = max(size for *_, size in points)
     for i, (name, x, y, size) in enumerate(points):
-        ax.scatter(x, y, s=1500 * size / largest, color=colour(name, i), alpha=0.55, linewidths=0)
-        ax.annotate(name, (x, y), fontsize=8, ha="center", va="center")
-    ax.set_xscale("log")
-    ax.margins(0.18)
+        ax.scatter(x, y, s=1500 * size / largest, color=colour(name, i), alpha=0.45, linewidths=0)
+        ax.plot(x, y, "+", color="#222222", markersize=5, markeredgewidth=0.8)  # where the area is too small to be seen
+        ax.annotate(name, (x, y), xytext=(0, 5), textcoords="offset points", fontsize=9, ha="center")
+    if max(x for _, x, *_ in points) > 10 * min(x for _, x, *_ in points):
+        ax.set_xscale("log")
+    ax.margins(0.2)
     return fig
 
 
@@ -359,7 +361,8 @@ def waterfall(
         ax.annotate(text, (i, above), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)
         if i + 1 < len(steps):
             ax.plot([i, i + 1], [values[i]] * 2, color="#666666", linewidth=0.8)
-    ax.set_xticks(range(len(steps)), list(steps))
+    slanted = max(map(len, steps)) * len(steps) > 60
+    ax.set_xticks(range(len(steps)), list(steps), rotation=30 if slanted else 0, ha="right" if slanted else "center")
     lowest = min(min(bottoms[1:], default=0.0), min(values))
     room = max(values) - lowest
     ax.set_ylim(max(0.0, lowest - 0.8 * room) if room else None, max(values) + 0.35 * room if room else None)

@@ -193,7 +193,7 @@ def accuracy_over_speed(study: Study):
         if None not in scores and row:
             ours.append((name, row["tokens_per_s"], mean(scores).value, row["bytes"] / 2**20))
     printed = [(r["model"], r["throughput_tok_s"], r["mmlu"], r["cache_mib_64k"]) for r in rows]
-    fig, (left, right) = plots.figure(1, 2, width=12, height=4.2)
+    fig, (left, right) = plots.figure(1, 2, width=11, height=4.6)
     plots.bubbles(
         printed, x_label="decoding speed at 64K [tokens/s]", y_label="MMLU [points]", title="printed, one H100", ax=left
     )
