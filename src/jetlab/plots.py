@@ -312,7 +312,7 @@ def bubbles(
     title: str = "",
     ax=None,
 ):
-    """Dots (name, x, y, size) with an area proportional to `size`, each with its name; x is logarithmic over a decade or more."""
+    """Dots (name, x, y, size) with an area proportional to `size`, each with its name; x is logarithmic over a decade."""
     fig, ax = _axes(ax, x_label, y_label, title)
     largest = max(size for *_, size in points)
     for i, (name, x, y, size) in enumerate(points):
