@@ -93,7 +93,7 @@ def verdict_table(items: Sequence[Judged]) -> Table:
     for item in items:
         n = number(item.ours.n) if item.ours else "–"
         rows.append((item.claim.claim, paper_value(item), with_error(item.ours), n, f"**{item.verdict}**"))
-    return _table(("the paper says", "paper", "ours (this machine) ± se", "n", "verdict"), rows)
+    return _table(("the paper says", "paper", "ours ± se", "n", "verdict"), rows)
 
 
 def _keys(study: Study, stage: str, columns: dict[str, str]) -> Table:
