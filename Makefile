@@ -1,4 +1,4 @@
-# make repro      the whole study, twenty minutes on two cores      make test       the tests
+# make repro      the whole study, half an hour on two cores        make test       the tests
 # make report     the report, and what it still needs               make test-slow  browser, lm-eval, process and kill tests
 # make lab        JupyterLab on the notebooks                       make extras     notebooks/extra, executed with their records
 # Each makes .venv by itself, once. In an environment of your own the commands below work as they stand.
