@@ -20,7 +20,7 @@ from jetlab.layers.init import OUTPUT_GAIN, bare, decay_parameters, linear, reus
 from jetlab.layers.norm import GatedRMSNorm
 from jetlab.layers.projections import is_plain, project
 from jetlab.layers.state import RecurrentState, recurrent_state_bytes
-from jetlab.ops import dynamic_conv, gated_delta_rule, short_conv
+from jetlab.ops import dynamic_conv, gated_delta_rule, generated_conv, jetblock_step, resolve_backend, short_conv
 
 Conv = Literal["none", "static", "dynamic"]
 CONVS = get_args(Conv)
@@ -78,8 +78,12 @@ class KernelGenerator(nn.Module):
         if random_start:
             nn.init.normal_(self.w2.weight, std=START_STD, generator=generator)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the bottleneck holds, [B,T,R]."""
+        return F.silu(self.w1(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.silu(self.w1(x))
+        hidden = self.hidden(x)
         if hidden.numel() < hidden.shape[-1] ** 2 or not is_plain(self.w2):
             # Few tokens, for which reordering w2 would cost more than it saves, or a layer that must be called.
             return self.w2(hidden).unflatten(-1, (-1, self.conv_size))
@@ -91,14 +95,23 @@ class KernelGenerator(nn.Module):
 
 
 class DynamicConv(nn.Module):
-    """Dynamic convolution of v [B,T,C] with kernels made from x [B,T,D]; `options` of `KernelGenerator` after C and W."""
+    """Dynamic convolution of v [B,T,C] with kernels made from x [B,T,D]; `options` of `KernelGenerator` after C and W.
 
-    def __init__(self, d_model: int, n_channels: int, conv_size: int, hidden: int, **options):
+    On backend "triton" the kernels are made where they are used, unless the generator's last layer must be called.
+    """
+
+    def __init__(self, d_model: int, n_channels: int, conv_size: int, hidden: int, *, backend: str = "auto", **options):
         super().__init__()
+        self.backend = backend
         self.kernel_generator = KernelGenerator(d_model, n_channels, conv_size, hidden, **options)
 
     def forward(self, v: Tensor, x: Tensor, **options) -> tuple[Tensor, Tensor]:
-        return dynamic_conv(v, self.kernel_generator(x), **options)
+        generator = self.kernel_generator
+        if resolve_backend(self.backend) != "triton" or not is_plain(generator.w2):
+            return dynamic_conv(v, generator(x), **options)
+        hidden = generator.hidden(x)
+        weight, bias = generator.w2.weight.to(hidden.dtype), generator.w2.bias.to(hidden.dtype)
+        return generated_conv(v, hidden, weight, bias, backend="triton", **options)
 
 
 class ValueBranch(nn.Module):
@@ -166,7 +179,7 @@ class JetBlock(nn.Module):
         self.o_norm = GatedRMSNorm(dims.head_dim_v)
         self.o_proj = linear(Vd, D, generator, gain=OUTPUT_GAIN)
         # The convolutions are drawn last, so that blocks with other ones share every other weight at a given seed.
-        options = {"random_start": random_start, "generator": generator}
+        options = {"random_start": random_start, "generator": generator, "backend": backend}
         for name, kind, width in (("v", conv_v, Vd), ("q", conv_q, Kd), ("k", conv_k, Kd)):
             static = nn.Parameter(short_kernel(width, dims.conv_size, generator)) if kind == "static" else None
             dynamic = DynamicConv(D, width, dims.conv_size, hidden, **options) if kind == "dynamic" else None
@@ -222,6 +235,22 @@ class JetBlock(nn.Module):
         H, Kd = self.dims.n_heads, self.dims.key_dim
         layers = ((self.q_proj, self.k_proj), (self.v_proj,), (self.g_proj,), (self.a_proj,), (self.b_proj,))
         qk, v, z, a, b = project(x, *layers)
+        if self._takes_a_step(x, state, mask):
+            generator = self.dynamic_conv1d.kernel_generator
+            y, recurrent, conv = jetblock_step(
+                *(part.view(len(x), H, -1) for part in (*qk.split(Kd, dim=-1), v)),
+                generator.w2(generator.hidden(x)).view(len(x), -1, self.dims.conv_size),
+                *(part.view(len(x), H) for part in (a, b)),
+                z.view(len(x), H, -1),
+                self.A_log,
+                self.dt_bias,
+                self.o_norm.weight,
+                state=state.recurrent,
+                conv_state=state.conv[0],
+                eps=self.o_norm.eps,
+                backend="triton",
+            )
+            return self.o_proj(y.view(len(x), 1, -1)), RecurrentState(recurrent, (conv,))
         if self.value_branch is not None:
             v = v + self.value_branch(x)
 
@@ -267,6 +296,12 @@ class JetBlock(nn.Module):
         )
         y = self.o_proj(self.o_norm(o, z.unflatten(-1, (H, -1))).flatten(-2))
         return y, RecurrentState(recurrent, tuple(conv))
+
+    def _takes_a_step(self, x: Tensor, state: RecurrentState | None, mask: Tensor | None) -> bool:
+        """Whether one kernel does all between the projections: one token, no gradient, the block as published."""
+        published = (self.conv_v, self.conv_q, self.conv_k) == ("dynamic", "none", "none") and self.value_branch is None
+        single = x.shape[1] == 1 and state is not None and mask is None and not torch.is_grad_enabled()
+        return published and single and resolve_backend(self.backend) == "triton"
 
 
 def _dynamic(name: str) -> str:

@@ -1,6 +1,12 @@
 """The mathematics of the token mixers in plain PyTorch: each operation with the token-by-token definition beside it."""
 
-from jetlab.ops.conv import dynamic_conv, dynamic_conv_reference, short_conv, short_conv_reference
+from jetlab.ops.conv import (
+    dynamic_conv,
+    dynamic_conv_reference,
+    generated_conv,
+    short_conv,
+    short_conv_reference,
+)
 from jetlab.ops.dplr_delta_rule import dplr_delta_rule, dplr_delta_rule_chunked, dplr_delta_rule_reference
 from jetlab.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_chunked, gated_delta_rule_reference
 from jetlab.ops.gated_linear_attention import (
@@ -8,6 +14,7 @@ from jetlab.ops.gated_linear_attention import (
     gated_linear_attention_chunked,
     gated_linear_attention_reference,
 )
+from jetlab.ops.jetblock_step import jetblock_step, jetblock_step_reference
 from jetlab.ops.recurrence import resolve_backend
 
 __all__ = [
@@ -22,6 +29,9 @@ __all__ = [
     "gated_linear_attention",
     "gated_linear_attention_chunked",
     "gated_linear_attention_reference",
+    "generated_conv",
+    "jetblock_step",
+    "jetblock_step_reference",
     "resolve_backend",
     "short_conv",
     "short_conv_reference",

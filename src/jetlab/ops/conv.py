@@ -1,7 +1,8 @@
 """Causal depthwise convolutions over time: one kernel for all tokens, or one kernel per token (arXiv:2508.15884).
 
-    short:    y[b,t,c] = act(Σ_j weight[c,j] · x[b,t-W+1+j,c] + bias[c])
-    dynamic:  y[b,t,c] = act(Σ_j kernels[b,t,c,j] · x[b,t-W+1+j,c])
+    short:      y[b,t,c] = act(Σ_j weight[c,j] · x[b,t-W+1+j,c] + bias[c])
+    dynamic:    y[b,t,c] = act(Σ_j kernels[b,t,c,j] · x[b,t-W+1+j,c])
+    generated:  the same with kernels[b,t,c,j] = Σ_r hidden[b,t,r] · weight[c·W+j,r] + bias[c·W+j]
 
 Tap W-1 meets the current token. Before a sequence there are zeros, or the last W-1 inputs of an earlier call.
 
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from jetlab.ops.packing import document_positions, gather, spread
+from jetlab.ops.recurrence import resolve_backend
 
 ACTIVATIONS = {None: lambda y: y, "silu": F.silu}
 
@@ -70,6 +72,50 @@ def dynamic_conv(
     return _conv(x, kernels, None, state, activation, cu_seqlens, mask)
 
 
+def generated_conv(
+    x: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    state: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`dynamic_conv` whose kernels are one product of `hidden` [B,T,R] with `weight` [C·W,R], plus `bias` [C·W].
+
+    Returns y [B,T,C] and the state after the last token; `mask`, `cu_seqlens` and errors as in `short_conv`. Backends
+    "reference" and "chunked" make the kernels, W times as large as x, and call `dynamic_conv`; "triton" (bf16, fp16 and
+    fp32 on a GPU, W ≤ 8) makes them as it weighs with them and writes none.
+    """
+    C, R = x.shape[-1], hidden.shape[-1]
+    if hidden.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"hidden must be [B, T, R] with B, T = {list(x.shape[:-1])} as in x, got {list(hidden.shape)}")
+    if weight.ndim != 2 or weight.shape[0] % C or weight.shape[1] != R or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"weight must be [C · W, R] and bias [C · W] with C = {C} and R = {R}, taps fastest, got {list(weight.shape)} and "
+            f"{list(bias.shape)}; give the weight and bias of a Linear from R to C · W"
+        )
+    if resolve_backend(backend) != "triton":
+        kernels = F.linear(hidden, weight, bias).unflatten(-1, (C, -1))
+        return dynamic_conv(x, kernels, state=state, activation=activation, cu_seqlens=cu_seqlens, mask=mask)
+    from jetlab_kernels.dynamic_conv import dynamic_conv as kernel
+
+    B, T, _ = x.shape
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    _check(x, state, (S, C, weight.shape[0] // C - 1), activation, cu_seqlens, mask)
+    begin = None
+    if cu_seqlens is not None:
+        begin = cu_seqlens[:-1]
+    elif mask is not None:
+        x = x.masked_fill(~mask.bool()[..., None], 0)
+        begin = torch.arange(0, B * T, T, device=x.device) + (mask.cumsum(1) == 0).sum(1).clamp_max(T - 1)
+    last = _last_inputs(x, weight.shape[0] // C, state, cu_seqlens, mask)
+    return kernel(x, hidden, weight, bias, history=state, begin=begin, activation=activation), last
+
+
 def short_conv_reference(x: Tensor, weight: Tensor, *, bias=None, state=None, activation=None) -> tuple[Tensor, Tensor]:
     """Token-by-token definition."""
     kernels = weight.expand(*x.shape, weight.shape[-1])
@@ -89,27 +135,33 @@ def dynamic_conv_reference(x: Tensor, kernels: Tensor, *, state=None, activation
     return ACTIVATIONS[activation](torch.stack(outputs, 1)), window
 
 
-def _conv(x, kernels, bias, state, activation, cu_seqlens, mask):
+def _check(x, state, expected: tuple[int, int, int], activation, cu_seqlens, mask) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or 'silu', got {activation!r}; apply another function to y")
     if x.ndim != 3 or x.shape[1] < 1:
         raise ValueError(f"x must be [B, T, C] with T ≥ 1, got {list(x.shape)}; a single token is [B, 1, C]")
-    packed = None
-    if cu_seqlens is not None:
-        if mask is not None:
-            raise ValueError("packed documents hold no padding, got both cu_seqlens and mask; remove the padding first")
-        packed, mask = document_positions(cu_seqlens, x.shape[0], x.shape[1])
-        x = spread(x, packed, mask)
-        kernels = spread(kernels, packed, mask) if kernels.ndim == 4 else kernels
-    B, T, C = x.shape
-    W = kernels.shape[-1]
-    if state is not None and state.shape != (B, C, W - 1):
+    if cu_seqlens is not None and mask is not None:
+        raise ValueError("packed documents hold no padding, got both cu_seqlens and mask; remove the padding first")
+    if mask is not None and mask.shape != x.shape[:2]:
         raise ValueError(
-            f"state must be [B, C, W-1] = {[B, C, W - 1]} (with cu_seqlens B is the number of documents), "
+            f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}; give 1 for tokens and 0 for padding"
+        )
+    if state is not None and state.shape != expected:
+        raise ValueError(
+            f"state must be [B, C, W-1] = {list(expected)} (with cu_seqlens B is the number of documents), "
             f"got {list(state.shape)}; pass the state that an earlier call returned, or None"
         )
 
-    history = x.new_zeros(B, W - 1, C) if state is None else state.to(x.dtype).transpose(1, 2)
+
+def _conv(x, kernels, bias, state, activation, cu_seqlens, mask):
+    packed, W = None, kernels.shape[-1]
+    n_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    _check(x, state, (n_sequences, x.shape[-1], W - 1), activation, cu_seqlens, mask)
+    if cu_seqlens is not None:
+        packed, mask = document_positions(cu_seqlens, x.shape[0], x.shape[1])
+        x = spread(x, packed, mask)
+        kernels = spread(kernels, packed, mask) if kernels.ndim == 4 else kernels
+    T, history = x.shape[1], _history(x, state, W)
     if mask is None:
         window = torch.cat([history, x], 1)  # input t is window[t + W - 1]
         last = window[:, T:].clone()  # a copy: a view would keep the whole sequence alive
@@ -120,11 +172,26 @@ def _conv(x, kernels, bias, state, activation, cu_seqlens, mask):
     return (y if packed is None else gather(y, packed)), last.transpose(1, 2)
 
 
+def _history(x: Tensor, state: Tensor | None, W: int) -> Tensor:
+    """The W-1 inputs before x [B,T,C], as [B,W-1,C]."""
+    return x.new_zeros(x.shape[0], W - 1, x.shape[-1]) if state is None else state.to(x.dtype).transpose(1, 2)
+
+
+def _last_inputs(x, W, state, cu_seqlens, mask) -> Tensor:
+    """The state after the last token, where the convolution itself has made no window."""
+    if cu_seqlens is not None:
+        packed, mask = document_positions(cu_seqlens, x.shape[0], x.shape[1])
+        x = spread(x, packed, mask)
+    history = _history(x, state, W)
+    if mask is not None:
+        return _masked_window(x, history, mask)[1].transpose(1, 2)
+    recent = torch.cat([history, x[:, max(0, x.shape[1] - W + 1) :]], 1)
+    return recent[:, recent.shape[1] - W + 1 :].clone().transpose(1, 2)
+
+
 def _masked_window(x: Tensor, history: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs with zeros for padding and `history` right before the first token; the W-1 inputs up to the last token."""
-    B, T, C = x.shape
-    if mask.shape != (B, T):
-        raise ValueError(f"mask must be [B, T] = {[B, T]}, got {list(mask.shape)}; give 1 for tokens and 0 for padding")
+    T, C = x.shape[1:]
     mask = mask.bool()
     steps = torch.arange(history.shape[1], device=x.device)
     first = (mask.cumsum(1) == 0).sum(1)  # T in a row of padding alone, which then hands its history on

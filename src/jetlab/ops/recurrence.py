@@ -1,5 +1,6 @@
 """What every recurrence shares around its mathematics: backends, checks of its inputs, packed documents, precision."""
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -14,15 +15,22 @@ L2_EPS = 1e-6
 def resolve_backend(backend: str) -> str:
     """The implementation that a call with `backend` takes: "auto" is the chunked form.
 
-    Raises ValueError for an unknown name and NotImplementedError for "triton".
+    Raises ValueError for an unknown name, and ImportError for "triton" where Triton is not installed.
     """
     if backend == "triton":
-        raise NotImplementedError(
-            "the recurrences have no Triton kernels in this version, got backend='triton'; use backend='chunked'"
-        )
+        require_kernels()
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; use 'auto'")
     return "chunked" if backend == "auto" else backend
+
+
+def require_kernels() -> None:
+    """Raises ImportError if Triton, which the kernels are written in, is missing."""
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError(
+            "backend='triton' needs Triton, which PyTorch brings along on Linux with CUDA and which is not installed here; "
+            "use backend='chunked'"
+        )
 
 
 def recur(
@@ -30,6 +38,7 @@ def recur(
     chunked: Callable,
     tensors: dict[str, Tensor | None],
     *,
+    kernel: Callable | None = None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
@@ -38,16 +47,22 @@ def recur(
 ) -> tuple[Tensor, Tensor]:
     """Check the rest, spread `tensors` (q, k, v and gates by name, in the order of the op) of packed documents, run.
 
-    `options` go to both forms, `chunk_size` to the chunked one alone.
+    `options` go to every form, `chunk_size` to the chunked one alone. `kernel` gives the Triton form, which takes packed
+    documents as they are, when it is called; it is None for a recurrence that has none.
     """
     backend = resolve_backend(backend)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; leave it out for the default")
+    if backend == "triton" and kernel is None:
+        raise ValueError(
+            "there are Triton kernels for a decay of one number per head, with the delta rule's correction or without; "
+            "got another recurrence with backend='triton'; use backend='chunked'"
+        )
     packed = None
+    B, T, H, K = tensors["q"].shape
     if cu_seqlens is not None:
-        packed, mask = document_positions(cu_seqlens, *tensors["q"].shape[:2])
-        tensors = {name: x if x is None else spread(x, packed, mask) for name, x in tensors.items()}
-    B, _, H, K = tensors["q"].shape
+        packed, mask = document_positions(cu_seqlens, B, T)
+        B = len(mask)
     expected = (B, H, K, tensors["v"].shape[-1])
     if state is not None:
         _check_tensor("state", state)
@@ -56,6 +71,10 @@ def recur(
             f"state must be [B, H, K, V] = {list(expected)} (with cu_seqlens B is the number of documents), "
             f"got {list(state.shape)}; pass the state that an earlier call returned, or None"
         )
+    if backend == "triton":
+        return kernel()(**tensors, state=state, cu_seqlens=cu_seqlens, **options)
+    if packed is not None:
+        tensors = {name: x if x is None else spread(x, packed, mask) for name, x in tensors.items()}
     if backend == "reference":
         o, state = reference(*tensors.values(), state=state, **options)
     else:

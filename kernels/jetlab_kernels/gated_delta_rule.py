@@ -1,0 +1,466 @@
+"""Gated delta rule (arXiv:2412.06464) in chunks of 64 tokens, and without its correction gated linear attention.
+
+    S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T        o_t = scale · S_t^T q_t
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T                     without beta: RetNet, Mamba2, one log-decay a head
+
+References: jetlab.ops.gated_delta_rule.gated_delta_rule_reference, jetlab.ops.gated_linear_attention
+.gated_linear_attention_reference.
+
+Inside a chunk, with G_t = Σ_{s≤t} g_s, Γ_ts = exp(G_t - G_s) for s ≤ t and 0 above, h the state before it, q and k
+normalised, L = strictlower(diag(beta) K K^T ∘ Γ) and M = (I + L)^-1:
+
+    A = scale Q K^T ∘ Γ                     X = M diag(beta) (V - e^G K h)                without beta X = V
+    o = scale e^G Q h + A X                 h' = e^{G_C} h + (e^{G_C-G} K)^T X
+
+Four kernels, read in this order. `_prepare` makes A and L of all chunks at once, `invert` (unit_lower.py) makes M;
+`_scan` walks from chunk to chunk with h in registers and is the only part that takes turns: three products hang on
+one another, the two for o do not. Backwards `_scan` runs again, now keeping each h and X; `_scan_back` walks from the
+end with dh; `_gradients` has both states of every chunk and does the rest for all of them at once:
+
+    dX = A^T do + e^{G_C-G} K dh'           dY = M^T dX
+    dh = e^{G_C} dh' + scale (e^G Q)^T do - (beta e^G K)^T dY
+
+The norms of q and k are factors of a row, like beta and e^G, and rows of a product can be scaled behind it: q and k
+enter the matrix units as they came, without a rounded normalised copy.
+
+Shapes: B batch, T time, H heads, K key width, V value width, C = 64 tokens a chunk, N chunks in all rows or documents.
+q, k [B,T,H,K] · v, o [B,T,H,V] · g, beta [B,T,H] · S [B,H,K,V] · per chunk and head: A, L, M [C,C], h [K,V], X [C,V]
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from jetlab_kernels.launch import check_device, check_format, dot_format, token_strides
+from jetlab_kernels.unit_lower import SIDE, invert
+
+CHUNK = SIDE
+L2_EPS: tl.constexpr = tl.constexpr(1e-6)
+# exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
+LOWEST_LOG_DECAY: tl.constexpr = tl.constexpr(-50.0)
+MAX_K, MAX_V = 256, 576
+
+
+@triton.jit
+def _span(i_s, T, first_ptr, cu_ptr, C: tl.constexpr, PACKED: tl.constexpr):
+    """First chunk, number of chunks, first token and number of tokens of row or document i_s."""
+    if PACKED:
+        first = tl.load(first_ptr + i_s)
+        n = tl.load(first_ptr + i_s + 1) - first
+        begin = tl.load(cu_ptr + i_s)
+        length = tl.load(cu_ptr + i_s + 1) - begin
+    else:
+        n = (T + C - 1) // C
+        first = i_s * n
+        begin = i_s * T
+        length = T
+    return first, n, begin.to(tl.int64), length
+
+
+@triton.jit
+def _chunk(i_n, T, owner_ptr, first_ptr, cu_ptr, C: tl.constexpr, PACKED: tl.constexpr):
+    """First token of chunk i_n, and how many of its C tokens there are."""
+    i_s = tl.load(owner_ptr + i_n) if PACKED else i_n // ((T + C - 1) // C)
+    first, _, begin, length = _span(i_s, T, first_ptr, cu_ptr, C, PACKED)
+    done = (i_n - first) * C
+    return begin + done, tl.minimum(length - done, C)
+
+
+@triton.jit
+def _tile(ptr, n_rows, stride, i_col, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows 0 … ROWS-1 and columns i_col … of what begins at `ptr`; zeros beyond n_rows and WIDTH."""
+    r = tl.arange(0, ROWS)
+    c = i_col + tl.arange(0, COLS)
+    mask = (r < n_rows)[:, None] & (c < WIDTH)[None, :]
+    return tl.load(ptr + r[:, None] * stride + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _put_tile(ptr, x, n_rows, stride, i_col, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    r = tl.arange(0, ROWS)
+    c = i_col + tl.arange(0, COLS)
+    mask = (r < n_rows)[:, None] & (c < WIDTH)[None, :]
+    tl.store(ptr + r[:, None] * stride + c[None, :], x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _square(ptr, C: tl.constexpr):
+    """A whole [C,C] matrix."""
+    r = tl.arange(0, C)
+    return tl.load(ptr + r[:, None] * C + r[None, :])
+
+
+@triton.jit
+def _row_factors(rows_ptr, C: tl.constexpr):
+    """G, 1/|q|, 1/|k|, beta of a chunk's tokens, each [C], and G at its end."""
+    t = tl.arange(0, C)
+    G = tl.load(rows_ptr + t)
+    return (
+        G,
+        tl.load(rows_ptr + C + t),
+        tl.load(rows_ptr + 2 * C + t),
+        tl.load(rows_ptr + 3 * C + t),
+        tl.load(rows_ptr + C - 1),
+    )
+
+
+@triton.jit
+def _decay(G, C: tl.constexpr):
+    """Γ [C,C]: masked before the exponential, so that no exponent is positive."""
+    t = tl.arange(0, C)
+    return tl.exp(tl.where(t[:, None] >= t[None, :], G[:, None] - G[None, :], -float("inf")))
+
+
+@triton.jit
+def _prepare(
+    q_ptr, k_ptr, g_ptr, beta_ptr, rows_ptr, a_ptr, l_ptr, owner_ptr, first_ptr, cu_ptr,
+    T, q_t, q_h, k_t, k_h, scale,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Row factors, A and L of a chunk.  Grid (N, H): one program owns one chunk of one head."""
+    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    token, n = _chunk(i_n, T, owner_ptr, first_ptr, cu_ptr, C, PACKED)
+    block = (i_n * H + i_h).to(tl.int64)
+    t = tl.arange(0, C)
+    real = t < n
+    zeros = tl.zeros([C], dtype=tl.float32)
+    G = zeros
+    if g_ptr is not None:
+        g = tl.load(g_ptr + (token + t) * H + i_h, mask=real, other=0.0).to(tl.float32)
+        G = tl.cumsum(tl.maximum(g, LOWEST_LOG_DECAY), 0)
+    beta = zeros
+    if beta_ptr is not None:
+        beta = tl.load(beta_ptr + (token + t) * H + i_h, mask=real, other=0.0).to(tl.float32)
+
+    q = _tile(q_ptr + token * q_t + i_h * q_h, n, q_t, 0, K, C, BK).to(DOT)
+    k = _tile(k_ptr + token * k_t + i_h * k_h, n, k_t, 0, K, C, BK).to(DOT)
+    q_norm, k_norm = zeros + 1.0, zeros + 1.0
+    if NORM:
+        q_norm = tl.rsqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1) + L2_EPS)
+        k_norm = tl.rsqrt(tl.sum(k.to(tl.float32) * k.to(tl.float32), 1) + L2_EPS)
+    rows_ptr += block * 4 * C
+    tl.store(rows_ptr + t, G)
+    tl.store(rows_ptr + C + t, q_norm)
+    tl.store(rows_ptr + 2 * C + t, k_norm)
+    tl.store(rows_ptr + 3 * C + t, beta)
+
+    at = block * C * C + t[:, None] * C + t[None, :]
+    gamma = _decay(G, C) * k_norm[None, :]
+    a = tl.dot(q, tl.trans(k), input_precision=PRECISION) * gamma * (scale * q_norm)[:, None]
+    tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty))
+    if beta_ptr is not None:
+        pairs = tl.dot(k, tl.trans(k), input_precision=PRECISION) * gamma * (beta * k_norm)[:, None]
+        tl.store(l_ptr + at, tl.where(t[:, None] > t[None, :], pairs, 0.0))
+
+
+@triton.jit
+def _scan(
+    q_ptr, k_ptr, v_ptr, rows_ptr, a_ptr, m_ptr, h0_ptr, o_ptr, hT_ptr, x_ptr, h_ptr, first_ptr, cu_ptr,
+    T, q_t, q_h, k_t, k_h, v_t, v_h, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    OUTPUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """o and the last state, or (without OUTPUT) X and the state before each chunk.  Grid (cdiv(V, BV), rows · H): one
+    program owns BV value channels of one head and takes its chunks in turn."""
+    i_v, i_s, i_h = tl.program_id(0) * BV, tl.program_id(1) // H, tl.program_id(1) % H
+    first, n_chunks, begin, length = _span(i_s, T, first_ptr, cu_ptr, C, PACKED)
+    state = (i_s * H + i_h).to(tl.int64) * K * V
+    h = tl.zeros([BK, BV], dtype=tl.float32)
+    if h0_ptr is not None:
+        h = _tile(h0_ptr + state, K, V, i_v, V, BK, BV).to(tl.float32)
+    for c in tl.range(0, n_chunks, num_stages=STAGES):
+        block = ((first + c) * H + i_h).to(tl.int64)
+        token = begin + c * C
+        n = length - c * C
+        G, q_norm, k_norm, beta, end = _row_factors(rows_ptr + block * 4 * C, C)
+        k = _tile(k_ptr + token * k_t + i_h * k_h, n, k_t, 0, K, C, BK).to(DOT)
+        x = _tile(v_ptr + token * v_t + i_h * v_h, n, v_t, i_v, V, C, BV)
+        before = h.to(DOT)
+        if not OUTPUT:
+            _put_tile(h_ptr + block * K * V, h, K, V, i_v, V, BK, BV)
+        if m_ptr is not None:
+            held = tl.dot(k, before, input_precision=PRECISION) * (tl.exp(G) * k_norm)[:, None]
+            wanted = (x.to(tl.float32) - held) * beta[:, None]
+            x = tl.dot(_square(m_ptr + block * C * C, C), wanted.to(DOT), input_precision=PRECISION)
+            if not OUTPUT:
+                _put_tile(x_ptr + block * C * V, x, C, V, i_v, V, C, BV)
+        if OUTPUT:
+            q = _tile(q_ptr + token * q_t + i_h * q_h, n, q_t, 0, K, C, BK).to(DOT)
+            o = tl.dot(q, before, input_precision=PRECISION) * (scale * tl.exp(G) * q_norm)[:, None]
+            o = tl.dot(_square(a_ptr + block * C * C, C), x.to(DOT), o, input_precision=PRECISION)
+            _put_tile(o_ptr + (token * H + i_h) * V, o, n, H * V, i_v, V, C, BV)
+        writes = x.to(tl.float32) * (tl.exp(end - G) * k_norm)[:, None]
+        h = tl.dot(tl.trans(k), writes.to(DOT), h * tl.exp(end), input_precision=PRECISION)
+    if OUTPUT:
+        _put_tile(hT_ptr + state, h, K, V, i_v, V, BK, BV)
+
+
+@triton.jit
+def _scan_back(
+    q_ptr, k_ptr, do_ptr, rows_ptr, a_ptr, m_ptr, dhT_ptr, dx_ptr, dh_ptr, dh0_ptr, first_ptr, cu_ptr,
+    T, q_t, q_h, k_t, k_h, do_t, do_h, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dY (without beta dX, which is dv) and the gradient of the state behind each chunk.  Grid (cdiv(V, BV), rows · H),
+    owned as in `_scan`, chunks from the last to the first."""
+    i_v, i_s, i_h = tl.program_id(0) * BV, tl.program_id(1) // H, tl.program_id(1) % H
+    first, n_chunks, begin, length = _span(i_s, T, first_ptr, cu_ptr, C, PACKED)
+    state = (i_s * H + i_h).to(tl.int64) * K * V
+    dh = tl.zeros([BK, BV], dtype=tl.float32)
+    if dhT_ptr is not None:
+        dh = _tile(dhT_ptr + state, K, V, i_v, V, BK, BV).to(tl.float32)
+    for back in tl.range(0, n_chunks, num_stages=STAGES):
+        c = n_chunks - 1 - back
+        block = ((first + c) * H + i_h).to(tl.int64)
+        token = begin + c * C
+        n = length - c * C
+        G, q_norm, k_norm, beta, end = _row_factors(rows_ptr + block * 4 * C, C)
+        q = _tile(q_ptr + token * q_t + i_h * q_h, n, q_t, 0, K, C, BK).to(DOT)
+        k = _tile(k_ptr + token * k_t + i_h * k_h, n, k_t, 0, K, C, BK).to(DOT)
+        do = _tile(do_ptr + token * do_t + i_h * do_h, n, do_t, i_v, V, C, BV).to(DOT)
+        _put_tile(dh_ptr + block * K * V, dh, K, V, i_v, V, BK, BV)
+        dx = tl.dot(k, dh.to(DOT), input_precision=PRECISION) * (tl.exp(end - G) * k_norm)[:, None]
+        dx = tl.dot(tl.trans(_square(a_ptr + block * C * C, C)), do, dx, input_precision=PRECISION)
+        read = do.to(tl.float32) * (scale * tl.exp(G) * q_norm)[:, None]
+        dh = tl.dot(tl.trans(q), read.to(DOT), dh * tl.exp(end), input_precision=PRECISION)
+        if m_ptr is not None:
+            dx = tl.dot(tl.trans(_square(m_ptr + block * C * C, C)), dx.to(DOT), input_precision=PRECISION)
+            held = dx * (-beta * tl.exp(G) * k_norm)[:, None]
+            dh = tl.dot(tl.trans(k), held.to(DOT), dh, input_precision=PRECISION)
+            _put_tile(dx_ptr + block * C * V, dx, C, V, i_v, V, C, BV)
+        else:
+            _put_tile(dx_ptr + (token * H + i_h) * V, dx, n, H * V, i_v, V, C, BV)
+    if dh0_ptr is not None:
+        _put_tile(dh0_ptr + state, dh, K, V, i_v, V, BK, BV)
+
+
+@triton.jit
+def _gradients(
+    q_ptr, k_ptr, v_ptr, do_ptr, rows_ptr, x_ptr, dy_ptr, h_ptr, dh_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, owner_ptr, first_ptr, cu_ptr,
+    T, q_t, q_h, k_t, k_h, v_t, v_h, do_t, do_h, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q, k, g, and with beta of v and beta, from both states of a chunk.  Grid (N, H): one program owns one
+    chunk of one head and all its channels, because the norms' gradients sum over K and those of g and beta over V too.
+
+    Each G_t takes what the rows it scales contribute: + q·dq, + k·dk where k stands on the left of L or reads the state,
+    - k·dk where it stands on the right. With u = Σ_s (K K^T ∘ Γ)_ts (dY X^T)_ts and w = dY·(e^G K h) + u the left part of
+    k is -beta w, and dbeta = dY·v - w.
+    """
+    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    token, n = _chunk(i_n, T, owner_ptr, first_ptr, cu_ptr, C, PACKED)
+    block = (i_n * H + i_h).to(tl.int64)
+    t = tl.arange(0, C)
+    G, q_norm, k_norm, beta, end = _row_factors(rows_ptr + block * 4 * C, C)
+    from_start, to_end = tl.exp(G) * k_norm, tl.exp(end - G) * k_norm
+    q = _tile(q_ptr + token * q_t + i_h * q_h, n, q_t, 0, K, C, BK).to(DOT)
+    k = _tile(k_ptr + token * k_t + i_h * k_h, n, k_t, 0, K, C, BK).to(DOT)
+
+    da, dl = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
+    dq, dk = tl.zeros([C, BK], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
+    w, dbeta = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
+    kept = tl.zeros([BV], dtype=tl.float32)
+    at_end = tl.zeros([C], dtype=tl.float32)
+    for i_v in range(0, V, BV):
+        do = _tile(do_ptr + token * do_t + i_h * do_h, n, do_t, i_v, V, C, BV).to(DOT)
+        h = _tile(h_ptr + block * K * V, K, V, i_v, V, BK, BV).to(DOT)
+        dh = _tile(dh_ptr + block * K * V, K, V, i_v, V, BK, BV).to(DOT)
+        v = _tile(v_ptr + token * v_t + i_h * v_h, n, v_t, i_v, V, C, BV)
+        if x_ptr is not None:
+            x = _tile(x_ptr + block * C * V, C, V, i_v, V, C, BV).to(DOT)
+            dy = _tile(dy_ptr + block * C * V, C, V, i_v, V, C, BV).to(DOT)
+            wide_dy = dy.to(tl.float32)
+            _put_tile(dv_ptr + (token * H + i_h) * V, wide_dy * beta[:, None], n, H * V, i_v, V, C, BV)
+            dbeta += tl.sum(wide_dy * v.to(tl.float32), 1)
+            w += tl.sum(wide_dy * tl.dot(k, h, input_precision=PRECISION), 1) * from_start
+            dl = tl.dot(dy, tl.trans(x), dl, input_precision=PRECISION)
+            held = (wide_dy * (-beta * from_start)[:, None]).to(DOT)
+            dk = tl.dot(held, tl.trans(h), dk, input_precision=PRECISION)
+        else:
+            x = v.to(DOT)
+        da = tl.dot(do, tl.trans(x), da, input_precision=PRECISION)
+        dq = tl.dot(do, tl.trans(h), dq, input_precision=PRECISION)
+        write = x.to(tl.float32) * to_end[:, None]
+        dk = tl.dot(write.to(DOT), tl.trans(dh), dk, input_precision=PRECISION)
+        at_end += tl.sum(write * tl.dot(k, dh, input_precision=PRECISION), 1)
+        kept += tl.sum(h.to(tl.float32) * dh.to(tl.float32), 0)
+
+    gamma = _decay(G, C)
+    dq = dq * (scale * tl.exp(G) * q_norm)[:, None]
+    da = (da * gamma * (scale * q_norm)[:, None] * k_norm[None, :]).to(DOT)
+    dq = tl.dot(da, k, dq, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(da), q, dk, input_precision=PRECISION)
+    on_left = tl.zeros([C], dtype=tl.float32)
+    if x_ptr is not None:
+        dl = tl.where(t[:, None] > t[None, :], dl, 0.0) * gamma * k_norm[:, None] * k_norm[None, :]
+        w += tl.sum(dl * tl.dot(k, tl.trans(k), input_precision=PRECISION), 1)
+        on_left = -beta * w
+        dl = (dl * -beta[:, None]).to(DOT)
+        dk = tl.dot(dl, k, dk, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(dl), k, dk, input_precision=PRECISION)
+        tl.store(dbeta_ptr + (token + t) * H + i_h, dbeta - w, mask=t < n)
+    on_q, on_k = tl.sum(q.to(tl.float32) * dq, 1), tl.sum(k.to(tl.float32) * dk, 1)
+    if dg_ptr is not None:
+        dG = on_q + 2 * on_left - on_k
+        dG += tl.where(t == C - 1, tl.sum(kept, 0) * tl.exp(end) + tl.sum(at_end, 0), 0.0)
+        tl.store(dg_ptr + (token + t) * H + i_h, tl.cumsum(dG, 0, reverse=True), mask=t < n)
+    if NORM:
+        dq -= q.to(tl.float32) * (on_q * q_norm * q_norm)[:, None]
+        dk -= k.to(tl.float32) * (on_k * k_norm * k_norm)[:, None]
+    _put_tile(dq_ptr + (token * H + i_h) * K, dq, n, H * K, 0, K, C, BK)
+    _put_tile(dk_ptr + (token * H + i_h) * K, dk, n, H * K, 0, K, C, BK)
+
+
+class _Chunks(NamedTuple):
+    """How tokens fall into chunks: rows of equal length, or documents with tables of where each begins."""
+
+    n_chunks: int
+    n_rows: int  # rows or documents
+    owner: Tensor | None = None  # [N] document of each chunk
+    first: Tensor | None = None  # [documents + 1] first chunk of each
+    cu_seqlens: Tensor | None = None
+
+    @classmethod
+    def of(cls, B: int, T: int, cu_seqlens: Tensor | None) -> "_Chunks":
+        if cu_seqlens is None:
+            return cls(B * triton.cdiv(T, CHUNK), B)
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        counts = (cu_seqlens.diff() + CHUNK - 1) // CHUNK
+        first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        owner = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32, device=first.device), counts)
+        return cls(len(owner), len(counts), owner, first, cu_seqlens)
+
+
+def _scan_options(K: int, V: int, dtype: torch.dtype) -> dict:
+    """Channels that a program owns, chunks in flight, and warps: as many as keep its state in registers."""
+    BK = _power_of_two(K)
+    large = BK > 128 or dtype == torch.float32
+    return {
+        "BK": BK,
+        "BV": min(32 if large else 64, _power_of_two(V)),
+        "STAGES": 1 if large else 2,
+        "num_warps": 8 if large else 4,
+    }
+
+
+def _power_of_two(width: int) -> int:
+    """The smallest width of a tile that holds `width` columns; a product takes at least 16."""
+    return max(16, triton.next_power_of_2(width))
+
+
+class _GatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, state, scale, qk_l2norm, cu_seqlens):
+        B, T, H, K = q.shape
+        V, device = v.shape[-1], q.device
+        chunks = _Chunks.of(B, T, cu_seqlens)
+        N = chunks.n_chunks
+        (q, q_t, q_h), (k, k_t, k_h), (v, v_t, v_h) = (token_strides(x) for x in (q, k, v))
+        g, beta, state = (None if x is None else x.contiguous() for x in (g, beta, state))
+        dots = dot_format(v.dtype)
+
+        rows = torch.empty(N, H, 4, CHUNK, dtype=torch.float32, device=device)
+        a = torch.empty(N, H, CHUNK, CHUNK, dtype=v.dtype, device=device)
+        lower = None if beta is None else torch.empty_like(a, dtype=torch.float32)
+        tables = {"first_ptr": chunks.first, "cu_ptr": chunks.cu_seqlens, "PACKED": cu_seqlens is not None}
+        _prepare[(N, H)](
+            q, k, g, beta, rows, a, lower, chunks.owner,
+            T=T, q_t=q_t, q_h=q_h, k_t=k_t, k_h=k_h, scale=scale,
+            H=H, K=K, C=CHUNK, BK=_power_of_two(K), NORM=qk_l2norm, num_warps=4, **dots, **tables,
+        )  # fmt: skip
+        inverse = None if beta is None else invert(lower, v.dtype)
+
+        o = torch.empty(B, T, H, V, dtype=v.dtype, device=device)
+        last = torch.empty(chunks.n_rows, H, K, V, dtype=torch.float32, device=device)
+        options = _scan_options(K, V, v.dtype)
+        _scan[(triton.cdiv(V, options["BV"]), chunks.n_rows * H)](
+            q, k, v, rows, a, inverse, state, o, last, None, None,
+            T=T, q_t=q_t, q_h=q_h, k_t=k_t, k_h=k_h, v_t=v_t, v_h=v_h, scale=scale,
+            H=H, K=K, V=V, C=CHUNK, OUTPUT=True, **options, **dots, **tables,
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, g, beta, state, rows, a, inverse, *chunks[2:])
+        ctx.options = scale, qk_l2norm, chunks[:2]
+        return o, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlast):
+        q, k, v, g, beta, state, rows, a, inverse, *tables = ctx.saved_tensors
+        scale, qk_l2norm, counts = ctx.options
+        chunks = _Chunks(*counts, *tables)
+        N, delta = chunks.n_chunks, beta is not None
+        (B, T, H, K), V, device = q.shape, v.shape[-1], q.device
+        (q, q_t, q_h), (k, k_t, k_h), (v, v_t, v_h), (do, do_t, do_h) = (token_strides(x) for x in (q, k, v, do))
+        strides = {"T": T, "q_t": q_t, "q_h": q_h, "k_t": k_t, "k_h": k_h}
+        sizes = {"H": H, "K": K, "V": V, "C": CHUNK}
+        tables = {"first_ptr": chunks.first, "cu_ptr": chunks.cu_seqlens, "PACKED": chunks.owner is not None}
+        dots, options = dot_format(v.dtype), _scan_options(K, V, v.dtype)
+        grid = (triton.cdiv(V, options["BV"]), chunks.n_rows * H)
+
+        states = torch.empty(N, H, K, V, dtype=v.dtype, device=device)
+        x = torch.empty(N, H, CHUNK, V, dtype=v.dtype, device=device) if delta else None
+        _scan[grid](
+            q, k, v, rows, a, inverse, state, None, None, x, states,
+            v_t=v_t, v_h=v_h, scale=scale, OUTPUT=False, **strides, **sizes, **options, **dots, **tables,
+        )  # fmt: skip
+
+        dstates = torch.empty_like(states)
+        dstate = None if state is None else torch.empty_like(state, dtype=torch.float32)
+        dv = torch.empty(B, T, H, V, dtype=v.dtype, device=device)
+        dy = torch.empty_like(x) if delta else None
+        _scan_back[grid](
+            q, k, do, rows, a, inverse, dlast.contiguous(), dy if delta else dv, dstates, dstate,
+            do_t=do_t, do_h=do_h, scale=scale, **strides, **sizes, **options, **dots, **tables,
+        )  # fmt: skip
+
+        dq, dk = (torch.empty(B, T, H, K, dtype=v.dtype, device=device) for _ in range(2))
+        dg, dbeta = (
+            None if gate is None else torch.empty(B, T, H, dtype=torch.float32, device=device) for gate in (g, beta)
+        )
+        _gradients[(N, H)](
+            q, k, v, do, rows, x, dy, states, dstates, dq, dk, dv, dg, dbeta, chunks.owner,
+            v_t=v_t, v_h=v_h, do_t=do_t, do_h=do_h, scale=scale, BK=options["BK"], BV=min(options["BV"], 32),
+            NORM=qk_l2norm, num_warps=8, num_stages=1, **strides, **sizes, **dots, **tables,
+        )  # fmt: skip
+        dg, dbeta = (None if x is None else x.to(gate.dtype) for x, gate in ((dg, g), (dbeta, beta)))
+        dstate = None if state is None else dstate.to(state.dtype)
+        return dq, dk, dv, dg, dbeta, dstate, None, None, None
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Outputs o [B,T,H,V] in v's dtype and the state after the last token in fp32, as `jetlab.ops.gated_delta_rule`.
+
+    Without `beta` the values are written as they come: `jetlab.ops.gated_linear_attention` with one decay a head.
+    q, k, v are bf16, fp16 or fp32, of one dtype and any strides; K ≤ 256, V ≤ 576, neither a power of two of necessity.
+    Log-decays below -50 count as -50. The gradient can be taken once. The caller has checked that shapes fit together.
+    Raises ValueError for another dtype, another device than a GPU's, or a wider head.
+    """
+    check_device(q, k, v, g, beta, state, cu_seqlens)
+    check_format(v)
+    K, V = q.shape[-1], v.shape[-1]
+    if K > MAX_K or V > MAX_V:
+        raise ValueError(
+            f"a head of the Triton kernels has K ≤ {MAX_K} and V ≤ {MAX_V}, got {K} and {V}; use more heads, or "
+            "backend='chunked'"
+        )
+    scale = K**-0.5 if scale is None else scale
+    return _GatedDeltaRule.apply(q, k, v, g, beta, state, scale, qk_l2norm, cu_seqlens)

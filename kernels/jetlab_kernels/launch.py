@@ -1,0 +1,55 @@
+"""What every launcher needs: where a kernel can run, and in which precision its products are taken."""
+
+import os
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads the same variable when it decorates a kernel
+FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_device(*tensors: Tensor | None) -> None:
+    """Raises ValueError unless all tensors lie on one CUDA device, or on any one device under Triton's interpreter."""
+    devices = {x.device for x in tensors if x is not None}
+    if len(devices) > 1:
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(f"all tensors must lie on one device, got {names}; move them with .to(device)")
+    device = devices.pop()
+    if device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"Triton kernels run on a CUDA device, got tensors on {device}; use backend='chunked' there, or set "
+            "TRITON_INTERPRET=1 before Python starts to step through a kernel without a GPU"
+        )
+
+
+def check_format(x: Tensor) -> None:
+    """Raises ValueError unless x is bf16, fp16 or fp32."""
+    if x.dtype not in FORMATS:
+        raise ValueError(
+            f"Triton kernels take bfloat16, float16 or float32, got {x.dtype}; backend='chunked' and 'reference' keep fp64"
+        )
+
+
+def dot_format(dtype: torch.dtype) -> dict:
+    """Keyword arguments of a kernel: the format of a product's factors, and how products of fp32 are taken.
+
+    Three tf32 products stand for one of fp32: plain tf32 keeps 10 bits, which training shows. The interpreter computes
+    bf16 as integers, so there the factors are fp32 and bf16 is a format of storage alone.
+    """
+    if INTERPRETED or dtype == torch.float32:
+        return {"DOT": tl.float32, "PRECISION": "tf32x3"}
+    return {"DOT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PRECISION": "tf32"}
+
+
+def token_strides(x: Tensor) -> tuple[Tensor, int, int]:
+    """x [B,T,H,X], the stride of its tokens and that of its heads; a copy where a kernel could not walk x as it lies.
+
+    A kernel counts tokens through all rows and reads the last dimension without gaps: a slice of a joint projection
+    passes as it is.
+    """
+    B, T = x.shape[:2]
+    if x.stride(-1) != 1 or (B > 1 and x.stride(0) != T * x.stride(1)):
+        x = x.contiguous()
+    return x, x.stride(1), x.stride(2)
