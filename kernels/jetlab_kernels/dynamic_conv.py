@@ -54,8 +54,9 @@ def _inputs(
     x = tl.load(x_ptr + at, mask=inside & (place >= back)[:, None], other=0.0)
     if history_ptr is not None and back > 0:
         at = (row * C).to(tl.int64)[:, None] * (W - 1) + channel[None, :] * (W - 1) + (place + W - 1 - back)[:, None]
-        past = tl.load(history_ptr + at, mask=inside & (place < back)[:, None], other=0.0)
-        x = tl.where((place < back)[:, None], past.to(x.dtype), x)
+        before = (place >= 0) & (place < back)  # padding in front of a sequence has no place in it
+        past = tl.load(history_ptr + at, mask=inside & before[:, None], other=0.0)
+        x = tl.where(before[:, None], past.to(x.dtype), x)
     return x
 
 

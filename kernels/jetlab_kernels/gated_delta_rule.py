@@ -88,10 +88,10 @@ def _put_tile(ptr, x, n_rows, stride, i_col, WIDTH: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _square(ptr, C: tl.constexpr):
+def _square(ptr, C: tl.constexpr, DOT: tl.constexpr):
     """A whole [C,C] matrix."""
     r = tl.arange(0, C)
-    return tl.load(ptr + r[:, None] * C + r[None, :])
+    return tl.load(ptr + r[:, None] * C + r[None, :]).to(DOT)
 
 
 @triton.jit
@@ -186,13 +186,13 @@ def _scan(
         if m_ptr is not None:
             held = tl.dot(k, before, input_precision=PRECISION) * (tl.exp(G) * k_norm)[:, None]
             wanted = (x.to(tl.float32) - held) * beta[:, None]
-            x = tl.dot(_square(m_ptr + block * C * C, C), wanted.to(DOT), input_precision=PRECISION)
+            x = tl.dot(_square(m_ptr + block * C * C, C, DOT), wanted.to(DOT), input_precision=PRECISION)
             if not OUTPUT:
                 _put_tile(x_ptr + block * C * V, x, C, V, i_v, V, C, BV)
         if OUTPUT:
             q = _tile(q_ptr + token * q_t + i_h * q_h, n, q_t, 0, K, C, BK).to(DOT)
             o = tl.dot(q, before, input_precision=PRECISION) * (scale * tl.exp(G) * q_norm)[:, None]
-            o = tl.dot(_square(a_ptr + block * C * C, C), x.to(DOT), o, input_precision=PRECISION)
+            o = tl.dot(_square(a_ptr + block * C * C, C, DOT), x.to(DOT), o, input_precision=PRECISION)
             _put_tile(o_ptr + (token * H + i_h) * V, o, n, H * V, i_v, V, C, BV)
         writes = x.to(tl.float32) * (tl.exp(end - G) * k_norm)[:, None]
         h = tl.dot(tl.trans(k), writes.to(DOT), h * tl.exp(end), input_precision=PRECISION)
@@ -226,11 +226,11 @@ def _scan_back(
         do = _tile(do_ptr + token * do_t + i_h * do_h, n, do_t, i_v, V, C, BV).to(DOT)
         _put_tile(dh_ptr + block * K * V, dh, K, V, i_v, V, BK, BV)
         dx = tl.dot(k, dh.to(DOT), input_precision=PRECISION) * (tl.exp(end - G) * k_norm)[:, None]
-        dx = tl.dot(tl.trans(_square(a_ptr + block * C * C, C)), do, dx, input_precision=PRECISION)
+        dx = tl.dot(tl.trans(_square(a_ptr + block * C * C, C, DOT)), do, dx, input_precision=PRECISION)
         read = do.to(tl.float32) * (scale * tl.exp(G) * q_norm)[:, None]
         dh = tl.dot(tl.trans(q), read.to(DOT), dh * tl.exp(end), input_precision=PRECISION)
         if m_ptr is not None:
-            dx = tl.dot(tl.trans(_square(m_ptr + block * C * C, C)), dx.to(DOT), input_precision=PRECISION)
+            dx = tl.dot(tl.trans(_square(m_ptr + block * C * C, C, DOT)), dx.to(DOT), input_precision=PRECISION)
             held = dx * (-beta * tl.exp(G) * k_norm)[:, None]
             dh = tl.dot(tl.trans(k), held.to(DOT), dh, input_precision=PRECISION)
             _put_tile(dx_ptr + block * C * V, dx, C, V, i_v, V, C, BV)

@@ -1,0 +1,89 @@
+"""Compiles every kernel for Hopper (sm_90) without a GPU: python aot.py K,V,dtype[,packed] … prints one JSON object a launch.
+
+A launch goes through `JITFunction.run`; here that builds the program for the arguments it is given and starts nothing. What
+a launcher would have launched is what is compiled, with the alignment that a run would find.
+"""
+
+import inspect
+import json
+import sys
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from jetlab_kernels import dynamic_conv, gated_delta_rule, jetblock_step
+
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+def signature(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[dict, dict, dict]:
+    """Types, constants and alignments of a call's arguments, as a run on a GPU would find them."""
+    bound = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
+    types, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(bound.items()):
+        constant = "constexpr" in str(inspect.signature(kernel.fn).parameters[name].annotation)
+        if constant or value is None or (type(value) is int and value == 1):
+            types[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            types[name] = "*" + TYPES[value.dtype]
+        else:
+            types[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compile_only(label: str):
+    def run(kernel, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        types, constants, attributes = signature(kernel, args, kwargs)
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+        program = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        ptx = program.asm["ptx"]
+        found = {"shape": label, "kernel": kernel.fn.__name__, "shared": program.metadata.shared}
+        print(
+            json.dumps(found | {"wgmma": "wgmma.mma_async" in ptx, "target_sm_90": ".target sm_90" in ptx}), flush=True
+        )
+
+    return run
+
+
+def launch_all(K: int, V: int, dtype: torch.dtype, *, packed: bool) -> None:
+    """Every kernel once, forward and backward, with and without the correction, at head widths K and V."""
+    B, T, H, W = (1, 128, 2, 4)
+
+    def draw(*shape, dtype=dtype):
+        return torch.zeros(*shape, dtype=dtype, requires_grad=True)
+
+    rows = 2 if packed else B
+    cu_seqlens = torch.tensor([0, 3, T]) if packed else None
+    state = draw(rows, H, K, V, dtype=torch.float32)
+    q, k, v, g = draw(B, T, H, K), draw(B, T, H, K), draw(B, T, H, V), draw(B, T, H, dtype=torch.float32)
+    for beta in (draw(B, T, H, dtype=torch.float32), None):
+        o, _ = gated_delta_rule.gated_delta_rule(q, k, v, g, beta, state=state, cu_seqlens=cu_seqlens, qk_l2norm=True)
+        o.sum().backward()
+    C, R = H * V, max(1, H * V // 8)
+    begin = cu_seqlens[:-1] if packed else None
+    history = draw(rows, C, W - 1)
+    y = dynamic_conv.dynamic_conv(
+        draw(B, T, C), draw(B, T, R), draw(C * W, R), draw(C * W), history=history, begin=begin
+    )
+    y.sum().backward()
+    head = [draw(B, H, K), draw(B, H, K), draw(B, H, V), draw(B, C, W), draw(B, H), draw(B, H), draw(B, H, V)]
+    parameters = [draw(H), draw(H), draw(V)]
+    jetblock_step.jetblock_step(*head, *parameters, state=state[:1], conv_state=draw(B, C, W - 1))
+
+
+if __name__ == "__main__":
+    for module in (gated_delta_rule, dynamic_conv, jetblock_step):
+        module.check_device = lambda *tensors: None
+    for shape in sys.argv[1:]:
+        K, V, dtype, *packed = shape.split(",")
+        with mock.patch.object(JITFunction, "run", compile_only(shape)):
+            launch_all(int(K), int(V), getattr(torch, dtype), packed=bool(packed))
