@@ -33,7 +33,7 @@ def _put(m_ptr, i: tl.constexpr, j: tl.constexpr, block):
 
 
 @triton.jit
-def _substitute(m, l_ptr, i: tl.constexpr, row: tl.constexpr):
+def _substitute(m, l_ptr, i: tl.constexpr, row):
     """Row `row` of the inverse of diagonal block i, from the rows above it; `m` holds the identity where it is not done."""
     r = tl.arange(0, 16)
     weights = tl.load(l_ptr + (16 * i + row) * 64 + 16 * i + r)
@@ -50,7 +50,7 @@ def _invert(l_ptr, m_ptr, PRECISION: tl.constexpr):
     r = tl.arange(0, 16)
     identity = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
     m00, m11, m22, m33 = identity, identity, identity, identity
-    for row in tl.static_range(1, 16):
+    for row in range(1, 16):
         m00 = _substitute(m00, l_ptr, 0, row)
         m11 = _substitute(m11, l_ptr, 1, row)
         m22 = _substitute(m22, l_ptr, 2, row)
