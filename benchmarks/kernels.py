@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from jetlab.layers.dims import BlockDims
 from jetlab.layers.init import decay_parameters
 from jetlab.layers.jetblock import JetBlock
+from jetlab.layers.norm import GatedRMSNorm
 from jetlab.ops import (
     gated_delta_rule,
     gated_linear_attention,
@@ -43,6 +44,7 @@ from jetlab.ops import (
     jetblock_step,
     jetblock_step_reference,
 )
+from jetlab_kernels.gated_rms_norm import gated_rms_norm
 
 CHUNK = 64
 COLUMNS = "op pass shape dtype ms peer peer_ms floor_ms flops bytes max_rel_error peer_error checked".split()
@@ -236,6 +238,19 @@ def convolution(B: int, T: int, C: int, R: int, W: int = 4) -> Case:
     return Case("dynamic_conv", f"{B}x{T}x{C} R={R} W={W}", inputs, call, 2.0 * B * T * C * W * R, n_bytes)
 
 
+def norm(B: int, T: int, H: int, V: int) -> Case:
+    """RMSNorm of each head and the gate's product."""
+    inputs = {"o": draw(B, T, H, V), "z": draw(B, T, H, V, seed=1), "weight": draw(V, dtype=torch.float32)}
+    module = GatedRMSNorm(V)
+
+    def call(backend, o, z, weight):
+        if backend == "triton":
+            return (gated_rms_norm(o, z, weight, module.eps),)
+        return (torch.func.functional_call(module, {"weight": weight}, (o, z)),)
+
+    return Case("gated_rms_norm", f"{B}x{T}x{H}x{V}", inputs, call, 0.0, 2 * 3 * B * T * H * V)
+
+
 def layer(B: int, T: int) -> Case:
     """A whole JetBlock in Jet-Nemotron-2B's shape, its products included; weights in bf16."""
     rng = torch.Generator().manual_seed(0)
@@ -384,6 +399,7 @@ CASES: dict[str, list[Callable[[], Case]]] = {
         lambda: recurrence(4, 4096, 12, 128, 128, delta=False),
         lambda: recurrence(4, 4096, 48, 96, 64, delta=False),
     ],
+    "norm": [lambda: norm(4, 4096, 12, 256)],
     "conv": [lambda: convolution(4, 4096, 3072, 384), lambda: convolution(4, 4096, 4096, 512)],
     "layer": [lambda: layer(4, 4096)],
 }

@@ -1,4 +1,4 @@
-"""Compiles every kernel for Hopper (sm_90) without a GPU: python aot.py K,V,dtype[,packed] … prints one JSON object a launch.
+"""Compiles every kernel for Hopper (sm_90) without a GPU, one JSON object a launch: python aot.py K,V,dtype[,packed|single] …
 
 A launch goes through `JITFunction.run`; here that builds the program for the arguments it is given and starts nothing. What
 a launcher would have launched is what is compiled, with the alignment that a run would find.
@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from jetlab_kernels import dynamic_conv, gated_delta_rule, jetblock_step
+from jetlab_kernels import dynamic_conv, gated_delta_rule, gated_rms_norm, jetblock_step
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages")
@@ -54,9 +54,12 @@ def compile_only(label: str):
     return run
 
 
-def launch_all(K: int, V: int, dtype: torch.dtype, *, packed: bool) -> None:
-    """Every kernel once, forward and backward, with and without the correction, at head widths K and V."""
-    B, T, H, W = (1, 128, 2, 4)
+def launch_all(K: int, V: int, dtype: torch.dtype, *, packed: bool = False, single: bool = False) -> None:
+    """Every kernel once, forward and backward, with and without the correction, at head widths K and V.
+
+    `single` is one head of one token: Triton makes a constant of every argument that is 1.
+    """
+    B, T, H, W = (1, 1, 1, 4) if single else (1, 128, 2, 4)
 
     def draw(*shape, dtype=dtype):
         return torch.zeros(*shape, dtype=dtype, requires_grad=True)
@@ -75,15 +78,16 @@ def launch_all(K: int, V: int, dtype: torch.dtype, *, packed: bool) -> None:
         draw(B, T, C), draw(B, T, R), draw(C * W, R), draw(C * W), history=history, begin=begin
     )
     y.sum().backward()
+    gated_rms_norm.gated_rms_norm(o.detach().requires_grad_(), draw(B, T, H, V), draw(V)).sum().backward()
     head = [draw(B, H, K), draw(B, H, K), draw(B, H, V), draw(B, C, W), draw(B, H), draw(B, H), draw(B, H, V)]
     parameters = [draw(H), draw(H), draw(V)]
     jetblock_step.jetblock_step(*head, *parameters, state=state[:1], conv_state=draw(B, C, W - 1))
 
 
 if __name__ == "__main__":
-    for module in (gated_delta_rule, dynamic_conv, jetblock_step):
+    for module in (gated_delta_rule, dynamic_conv, gated_rms_norm, jetblock_step):
         module.check_device = lambda *tensors: None
     for shape in sys.argv[1:]:
-        K, V, dtype, *packed = shape.split(",")
+        K, V, dtype, *how = shape.split(",")
         with mock.patch.object(JITFunction, "run", compile_only(shape)):
-            launch_all(int(K), int(V), getattr(torch, dtype), packed=bool(packed))
+            launch_all(int(K), int(V), getattr(torch, dtype), **dict.fromkeys(how, True))

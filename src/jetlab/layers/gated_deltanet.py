@@ -31,7 +31,7 @@ class GatedDeltaNet(nn.Module):
         self.b_proj = linear(D, H, generator)
         self.conv = nn.Parameter(short_kernel(2 * Kd + Vd, dims.conv_size, generator))  # channels of q, k, v in turn
         self.A_log, self.dt_bias = decay_parameters(H, generator)
-        self.o_norm = GatedRMSNorm(dims.head_dim_v)
+        self.o_norm = GatedRMSNorm(dims.head_dim_v, backend=backend)
         self.o_proj = linear(Vd, D, generator, gain=OUTPUT_GAIN)
 
     @classmethod

@@ -41,7 +41,7 @@ class GLA(nn.Module):
         self.g_proj = linear(D, Vd, generator)
         self.gk_proj = nn.Sequential(linear(D, low_rank, generator), linear(low_rank, Kd, generator))
         self.gk_proj[1].bias = nn.Parameter(torch.zeros(Kd))
-        self.o_norm = GatedRMSNorm(dims.head_dim_v)
+        self.o_norm = GatedRMSNorm(dims.head_dim_v, backend=backend)
         self.o_proj = linear(Vd, D, generator, gain=OUTPUT_GAIN)
 
     @classmethod

@@ -176,7 +176,7 @@ class JetBlock(nn.Module):
         self.a_proj = linear(D, H, generator)
         self.b_proj = linear(D, H, generator)
         self.A_log, self.dt_bias = decay_parameters(H, generator)
-        self.o_norm = GatedRMSNorm(dims.head_dim_v)
+        self.o_norm = GatedRMSNorm(dims.head_dim_v, backend=backend)
         self.o_proj = linear(Vd, D, generator, gain=OUTPUT_GAIN)
         # The convolutions are drawn last, so that blocks with other ones share every other weight at a given seed.
         options = {"random_start": random_start, "generator": generator, "backend": backend}

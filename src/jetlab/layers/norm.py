@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jetlab.ops.recurrence import core_dtype
+from jetlab.ops.recurrence import core_dtype, resolve_backend
 
 
 class RMSNorm(nn.Module):
@@ -28,10 +28,18 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(RMSNorm):
-    """y = RMSNorm(o) · SiLU(z), rounded to o's dtype at the end alone; o and z [..., V]. Norm first, then gate.
+    """y = RMSNorm(o) · SiLU(z), rounded to o's dtype at the end alone; o and z [B,T,H,V]. Norm first, then gate.
 
-    One weight of width V serves all heads.
+    One weight of width V serves all heads. On backend "triton" all of it is one pass over memory.
     """
 
+    def __init__(self, width: int, eps: float = 1e-5, *, backend: str = "auto"):
+        super().__init__(width, eps)
+        self.backend = backend
+
     def forward(self, o: Tensor, z: Tensor) -> Tensor:
+        if resolve_backend(self.backend) == "triton":
+            from jetlab_kernels.gated_rms_norm import gated_rms_norm
+
+            return gated_rms_norm(o, z, self.weight, self.eps)
         return (self._exact(o) * F.silu(z.to(core_dtype(o)))).to(o.dtype)

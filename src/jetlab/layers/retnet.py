@@ -46,7 +46,7 @@ class RetNet(nn.Module):
         self.k_proj = linear(D, Kd, generator)
         self.v_proj = linear(D, Vd, generator)
         self.g_proj = linear(D, Vd, generator)
-        self.o_norm = GatedRMSNorm(dims.head_dim_v)
+        self.o_norm = GatedRMSNorm(dims.head_dim_v, backend=backend)
         self.o_proj = linear(Vd, D, generator, gain=OUTPUT_GAIN)
 
     @classmethod
