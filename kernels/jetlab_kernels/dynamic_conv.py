@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jetlab_kernels.launch import check_device, check_format, dot_format
+from jetlab_kernels.launch import check_device, check_format, dot_format, walkable
 
 # Tiles: tokens, channels, bottleneck or tokens of a step; warps; steps in flight.
 FORWARD = {"BM": 128, "BC": 64, "BR": 64, "num_warps": 8, "STAGES": 3}
@@ -190,7 +190,7 @@ def _weight(
     real_r, real_c = r < R, channel < C
     sums, biases = (), ()
     for _ in tl.static_range(W):
-        sums += (tl.zeros([BC, BR], dtype=tl.float32),)
+        sums += (tl.zeros([BR, BC], dtype=tl.float32),)
         biases += (tl.zeros([BC], dtype=tl.float32),)
     for i_t in tl.range(i_split * BM, n_tokens, SPLIT * BM, num_stages=STAGES):
         token = i_t + tl.arange(0, BM)
@@ -201,17 +201,18 @@ def _weight(
             inner_ptr + at[:, None] * C + channel[None, :], mask=real_t[:, None] & real_c[None, :], other=0.0
         )
         hidden = tl.load(hidden_ptr + at[:, None] * h_t + r[None, :], mask=real_t[:, None] & real_r[None, :], other=0.0)
+        hidden = tl.trans(hidden.to(DOT))
         more, more_biases = (), ()
         for j in tl.static_range(W):
             x = _inputs(x_ptr, history_ptr, token, place, row, channel, W - 1 - j, x_t, n_tokens, C, W)
             dkappa = inner.to(tl.float32) * x.to(tl.float32)
-            more += (tl.dot(tl.trans(dkappa.to(DOT)), hidden.to(DOT), sums[j], input_precision=PRECISION),)
+            more += (tl.dot(hidden, dkappa.to(DOT), sums[j], input_precision=PRECISION),)
             more_biases += (biases[j] + tl.sum(dkappa, 0),)
         sums, biases = more, more_biases
     for j in tl.static_range(W):
         at = i_split * C * W + channel * W + j
-        mask = real_c[:, None] & real_r[None, :]
-        tl.store(dweight_ptr + at.to(tl.int64)[:, None] * R + r[None, :], sums[j], mask=mask)
+        mask = real_r[:, None] & real_c[None, :]
+        tl.store(dweight_ptr + at.to(tl.int64)[None, :] * R + r[:, None], sums[j], mask=mask)
         tl.store(dbias_ptr + at, biases[j], mask=real_c & (i_r == 0))
 
 
@@ -230,16 +231,10 @@ def _power_of_two(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _walkable(x: Tensor) -> Tensor:
-    """x [B,T,X] as a kernel can walk it, token by token through all rows: a slice of a joint projection stays as it is."""
-    B, T, _ = x.shape
-    return x if x.stride(2) == 1 and (B == 1 or x.stride(0) == T * x.stride(1)) else x.contiguous()
-
-
 class _DynamicConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, hidden, weight, bias, history, begin, silu):
-        x, hidden = _walkable(x), _walkable(hidden)
+        (x, x_t), (hidden, h_t) = walkable(x), walkable(hidden)
         weight, bias = weight.contiguous(), bias.contiguous()
         history = None if history is None else history.contiguous()
         (B, T, C), R = x.shape, hidden.shape[-1]
@@ -253,7 +248,7 @@ class _DynamicConv(torch.autograd.Function):
         y = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
         tiles = _tiles(FORWARD, C, R, W, x.dtype)
         _forward[(triton.cdiv(C, tiles["BC"]), triton.cdiv(n_tokens, tiles["BM"]))](
-            x, hidden, weight, bias, history, begin, row, y, T, n_tokens, x.stride(1), hidden.stride(1),
+            x, hidden, weight, bias, history, begin, row, y, T, n_tokens, x_t, h_t,
             C=C, R=R, W=W, SILU=silu, **tiles, **dot_format(x.dtype),
         )  # fmt: skip
         ctx.save_for_backward(x, hidden, weight, bias, history, begin, row)
@@ -264,7 +259,7 @@ class _DynamicConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, hidden, weight, bias, history, begin, row = ctx.saved_tensors
-        dy = _walkable(dy)
+        (x, x_t), (hidden, h_t), (dy, dy_t) = walkable(x), walkable(hidden), walkable(dy)
         (B, T, C), R = x.shape, hidden.shape[-1]
         W, n_tokens, dots = weight.shape[0] // C, B * T, dot_format(x.dtype)
         sizes = {"C": C, "R": R, "W": W}
@@ -272,13 +267,13 @@ class _DynamicConv(torch.autograd.Function):
         tiles = _tiles(VALUES, C, R, W, x.dtype)
         _values[(triton.cdiv(C, tiles["BC"]), triton.cdiv(n_tokens, tiles["BM"] - W + 1))](
             x, hidden, weight, bias, history, begin, row, dy, inner, dx,
-            T, n_tokens, x.stride(1), hidden.stride(1), dy.stride(1), SILU=ctx.silu, **sizes, **tiles, **dots,
+            T, n_tokens, x_t, h_t, dy_t, SILU=ctx.silu, **sizes, **tiles, **dots,
         )  # fmt: skip
 
         dhidden = torch.empty(B, T, R, dtype=hidden.dtype, device=x.device)
         tiles = _tiles(HIDDEN, C, R, W, x.dtype)
         _hidden[(triton.cdiv(R, tiles["BR"]), triton.cdiv(n_tokens, tiles["BM"]))](
-            x, weight, history, begin, row, inner, dhidden, T, n_tokens, x.stride(1), **sizes, **tiles, **dots
+            x, weight, history, begin, row, inner, dhidden, T, n_tokens, x_t, **sizes, **tiles, **dots
         )
 
         tiles = _tiles(WEIGHT, C, R, W, x.dtype)
@@ -287,7 +282,7 @@ class _DynamicConv(torch.autograd.Function):
         dbias = torch.empty(split, C * W, dtype=torch.float32, device=x.device)
         _weight[(triton.cdiv(R, tiles["BR"]), triton.cdiv(C, tiles["BC"]), split)](
             x, hidden, history, begin, row, inner, dweight, dbias,
-            T, n_tokens, x.stride(1), hidden.stride(1), **sizes, **tiles, **dots,
+            T, n_tokens, x_t, h_t, **sizes, **tiles, **dots,
         )  # fmt: skip
         dhistory = None
         if history is not None and ctx.needs_input_grad[4]:
@@ -335,4 +330,5 @@ def dynamic_conv(
     W = weight.shape[0] // x.shape[-1]
     if W > MAX_TAPS:
         raise ValueError(f"the Triton kernels take at most {MAX_TAPS} taps, got {W}; use backend='chunked' for more")
-    return _DynamicConv.apply(x, hidden, weight, bias, history, begin, activation == "silu")
+    with torch.cuda.device_of(x):
+        return _DynamicConv.apply(x, hidden, weight, bias, history, begin, activation == "silu")

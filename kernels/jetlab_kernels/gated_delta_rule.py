@@ -13,8 +13,8 @@ normalised, L = strictlower(diag(beta) K K^T ∘ Γ) and M = (I + L)^-1:
     o = scale e^G Q h + A X                 h' = e^{G_C} h + (e^{G_C-G} K)^T X
 
 Four kernels, read in this order. `_prepare` makes A and L of all chunks at once, `invert` (unit_lower.py) makes M;
-`_scan` walks from chunk to chunk with h in registers and is the only part that takes turns: three products hang on
-one another, the two for o do not. Backwards `_scan` runs again, now keeping each h and X; `_scan_back` walks from the
+`_scan` walks from chunk to chunk with h in registers and is the only part that takes turns: the state waits for three
+products in a row, K h, M R and K^T X. Backwards `_scan` runs again, now keeping each h and X; `_scan_back` walks from the
 end with dh; `_gradients` has both states of every chunk and does the rest for all of them at once:
 
     dX = A^T do + e^{G_C-G} K dh'           dY = M^T dX
@@ -24,7 +24,8 @@ The norms of q and k are factors of a row, like beta and e^G, and rows of a prod
 enter the matrix units as they came, without a rounded normalised copy.
 
 Shapes: B batch, T time, H heads, K key width, V value width, C = 64 tokens a chunk, N chunks in all rows or documents.
-q, k [B,T,H,K] · v, o [B,T,H,V] · g, beta [B,T,H] · S [B,H,K,V] · per chunk and head: A, L, M [C,C], h [K,V], X [C,V]
+q, k [B,T,H,K] · v, o [B,T,H,V] · g, beta [B,T,H] · S [B,H,K,V] · per chunk and head: A, L, M [C,C], h [K,V], X [C,V],
+rows [4,C]: G, 1/|q|, 1/|k|, beta
 """
 
 from typing import NamedTuple
@@ -42,7 +43,8 @@ CHUNK = SIDE
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 # exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
 LOWEST_LOG_DECAY: tl.constexpr = tl.constexpr(-50.0)
-MAX_K, MAX_V = 256, 576
+# A program holds all key channels of a head, so registers and shared memory bound them; value channels come in blocks.
+MAX_K = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
 
 
 @triton.jit
@@ -123,16 +125,16 @@ def _prepare(
     NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Row factors, A and L of a chunk.  Grid (N, H): one program owns one chunk of one head."""
-    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token, n = _chunk(i_n, T, owner_ptr, first_ptr, cu_ptr, C, PACKED)
-    block = (i_n * H + i_h).to(tl.int64)
+    block = i_n * H + i_h
     t = tl.arange(0, C)
     real = t < n
     zeros = tl.zeros([C], dtype=tl.float32)
     G = zeros
     if g_ptr is not None:
         g = tl.load(g_ptr + (token + t) * H + i_h, mask=real, other=0.0).to(tl.float32)
-        G = tl.cumsum(tl.maximum(g, LOWEST_LOG_DECAY), 0)
+        G = tl.cumsum(tl.maximum(g, LOWEST_LOG_DECAY, propagate_nan=tl.PropagateNan.ALL), 0)
     beta = zeros
     if beta_ptr is not None:
         beta = tl.load(beta_ptr + (token + t) * H + i_h, mask=real, other=0.0).to(tl.float32)
@@ -165,16 +167,18 @@ def _scan(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     OUTPUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """o and the last state, or (without OUTPUT) X and the state before each chunk.  Grid (cdiv(V, BV), rows · H): one
-    program owns BV value channels of one head and takes its chunks in turn."""
-    i_v, i_s, i_h = tl.program_id(0) * BV, tl.program_id(1) // H, tl.program_id(1) % H
+    """o and the last state, or (without OUTPUT) X and the state before each chunk.  Grid (rows · H · cdiv(V, BV),):
+    one program owns BV value channels of one head and takes its chunks in turn."""
+    n_v = (V + BV - 1) // BV
+    i_v, i_sh = tl.program_id(0) % n_v * BV, tl.program_id(0) // n_v
+    i_s, i_h = i_sh // H, (i_sh % H).to(tl.int64)
     first, n_chunks, begin, length = _span(i_s, T, first_ptr, cu_ptr, C, PACKED)
-    state = (i_s * H + i_h).to(tl.int64) * K * V
+    state = (i_s * H + i_h) * K * V
     h = tl.zeros([BK, BV], dtype=tl.float32)
     if h0_ptr is not None:
         h = _tile(h0_ptr + state, K, V, i_v, V, BK, BV).to(tl.float32)
     for c in tl.range(0, n_chunks, num_stages=STAGES):
-        block = ((first + c) * H + i_h).to(tl.int64)
+        block = (first + c) * H + i_h
         token = begin + c * C
         n = length - c * C
         G, q_norm, k_norm, beta, end = _row_factors(rows_ptr + block * 4 * C, C)
@@ -202,22 +206,24 @@ def _scan(
 
 @triton.jit
 def _scan_back(
-    q_ptr, k_ptr, do_ptr, rows_ptr, a_ptr, m_ptr, dhT_ptr, dx_ptr, dh_ptr, dh0_ptr, first_ptr, cu_ptr,
+    q_ptr, k_ptr, do_ptr, rows_ptr, a_ptr, m_ptr, dhT_ptr, dy_ptr, dh_ptr, dh0_ptr, first_ptr, cu_ptr,
     T, q_t, q_h, k_t, k_h, do_t, do_h, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dY (without beta dX, which is dv) and the gradient of the state behind each chunk.  Grid (cdiv(V, BV), rows · H),
+    """dY (without beta dX, which then is dv) and the gradient of the state behind each chunk.  Grid (rows · H · cdiv(V, BV),),
     owned as in `_scan`, chunks from the last to the first."""
-    i_v, i_s, i_h = tl.program_id(0) * BV, tl.program_id(1) // H, tl.program_id(1) % H
+    n_v = (V + BV - 1) // BV
+    i_v, i_sh = tl.program_id(0) % n_v * BV, tl.program_id(0) // n_v
+    i_s, i_h = i_sh // H, (i_sh % H).to(tl.int64)
     first, n_chunks, begin, length = _span(i_s, T, first_ptr, cu_ptr, C, PACKED)
-    state = (i_s * H + i_h).to(tl.int64) * K * V
+    state = (i_s * H + i_h) * K * V
     dh = tl.zeros([BK, BV], dtype=tl.float32)
     if dhT_ptr is not None:
         dh = _tile(dhT_ptr + state, K, V, i_v, V, BK, BV).to(tl.float32)
     for back in tl.range(0, n_chunks, num_stages=STAGES):
         c = n_chunks - 1 - back
-        block = ((first + c) * H + i_h).to(tl.int64)
+        block = (first + c) * H + i_h
         token = begin + c * C
         n = length - c * C
         G, q_norm, k_norm, beta, end = _row_factors(rows_ptr + block * 4 * C, C)
@@ -230,12 +236,12 @@ def _scan_back(
         read = do.to(tl.float32) * (scale * tl.exp(G) * q_norm)[:, None]
         dh = tl.dot(tl.trans(q), read.to(DOT), dh * tl.exp(end), input_precision=PRECISION)
         if m_ptr is not None:
-            dx = tl.dot(tl.trans(_square(m_ptr + block * C * C, C, DOT)), dx.to(DOT), input_precision=PRECISION)
-            held = dx * (-beta * tl.exp(G) * k_norm)[:, None]
+            dy = tl.dot(tl.trans(_square(m_ptr + block * C * C, C, DOT)), dx.to(DOT), input_precision=PRECISION)
+            held = dy * (-beta * tl.exp(G) * k_norm)[:, None]
             dh = tl.dot(tl.trans(k), held.to(DOT), dh, input_precision=PRECISION)
-            _put_tile(dx_ptr + block * C * V, dx, C, V, i_v, V, C, BV)
+            _put_tile(dy_ptr + block * C * V, dy, C, V, i_v, V, C, BV)
         else:
-            _put_tile(dx_ptr + (token * H + i_h) * V, dx, n, H * V, i_v, V, C, BV)
+            _put_tile(dy_ptr + (token * H + i_h) * V, dx, n, H * V, i_v, V, C, BV)
     if dh0_ptr is not None:
         _put_tile(dh0_ptr + state, dh, K, V, i_v, V, BK, BV)
 
@@ -251,13 +257,18 @@ def _gradients(
     """Gradients of q, k, g, and with beta of v and beta, from both states of a chunk.  Grid (N, H): one program owns one
     chunk of one head and all its channels, because the norms' gradients sum over K and those of g and beta over V too.
 
-    Each G_t takes what the rows it scales contribute: + q·dq, + k·dk where k stands on the left of L or reads the state,
-    - k·dk where it stands on the right. With u = Σ_s (K K^T ∘ Γ)_ts (dY X^T)_ts and w = dY·(e^G K h) + u the left part of
-    k is -beta w, and dbeta = dY·v - w.
+    G_t collects what each factor e^{G_t - G_s} meets: + for the row that reads, - for the row that is read. With
+    B = dA ∘ A and D = -beta dL ∘ (K K^T ∘ Γ) of all pairs inside the chunk, dL = dY X^T below the diagonal:
+
+        dG_t = Σ_s (B + D)_ts - Σ_s (B + D)_st + do_t·(scale e^G Q h)_t - beta dY_t·(e^G K h)_t - x_t·(e^{G_C-G} K dh')_t
+        dG_C += e^{G_C} <h, dh'> + Σ_t x_t·(e^{G_C-G} K dh')_t
+
+    Each of these sums of one sign reappears with the other, from the same fp32 numbers: what must cancel in the sums of
+    dG that make dg, does. Then dbeta = dY·(v - e^G K h) - Σ_s (dL ∘ K K^T ∘ Γ)_ts.
     """
-    i_n, i_h = tl.program_id(0), tl.program_id(1)
+    i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token, n = _chunk(i_n, T, owner_ptr, first_ptr, cu_ptr, C, PACKED)
-    block = (i_n * H + i_h).to(tl.int64)
+    block = i_n * H + i_h
     t = tl.arange(0, C)
     G, q_norm, k_norm, beta, end = _row_factors(rows_ptr + block * 4 * C, C)
     from_start, to_end = tl.exp(G) * k_norm, tl.exp(end - G) * k_norm
@@ -266,9 +277,12 @@ def _gradients(
 
     da, dl = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
     dq, dk = tl.zeros([C, BK], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
-    w, dbeta = tl.zeros([C], dtype=tl.float32), tl.zeros([C], dtype=tl.float32)
+    dbeta, held, faded = (
+        tl.zeros([C], dtype=tl.float32),
+        tl.zeros([C], dtype=tl.float32),
+        tl.zeros([C], dtype=tl.float32),
+    )
     kept = tl.zeros([BV], dtype=tl.float32)
-    at_end = tl.zeros([C], dtype=tl.float32)
     for i_v in range(0, V, BV):
         do = _tile(do_ptr + token * do_t + i_h * do_h, n, do_t, i_v, V, C, BV).to(DOT)
         h = _tile(h_ptr + block * K * V, K, V, i_v, V, BK, BV).to(DOT)
@@ -277,44 +291,46 @@ def _gradients(
         if x_ptr is not None:
             x = _tile(x_ptr + block * C * V, C, V, i_v, V, C, BV).to(DOT)
             dy = _tile(dy_ptr + block * C * V, C, V, i_v, V, C, BV).to(DOT)
-            wide_dy = dy.to(tl.float32)
-            _put_tile(dv_ptr + (token * H + i_h) * V, wide_dy * beta[:, None], n, H * V, i_v, V, C, BV)
-            dbeta += tl.sum(wide_dy * v.to(tl.float32), 1)
-            w += tl.sum(wide_dy * tl.dot(k, h, input_precision=PRECISION), 1) * from_start
+            wide = dy.to(tl.float32)
+            _put_tile(dv_ptr + (token * H + i_h) * V, wide * beta[:, None], n, H * V, i_v, V, C, BV)
+            dbeta += tl.sum(wide * v.to(tl.float32), 1)
+            held += tl.sum(wide * tl.dot(k, h, input_precision=PRECISION), 1)
             dl = tl.dot(dy, tl.trans(x), dl, input_precision=PRECISION)
-            held = (wide_dy * (-beta * from_start)[:, None]).to(DOT)
-            dk = tl.dot(held, tl.trans(h), dk, input_precision=PRECISION)
+            read = (wide * (-beta * from_start)[:, None]).to(DOT)
+            dk = tl.dot(read, tl.trans(h), dk, input_precision=PRECISION)
         else:
             x = v.to(DOT)
         da = tl.dot(do, tl.trans(x), da, input_precision=PRECISION)
         dq = tl.dot(do, tl.trans(h), dq, input_precision=PRECISION)
         write = x.to(tl.float32) * to_end[:, None]
         dk = tl.dot(write.to(DOT), tl.trans(dh), dk, input_precision=PRECISION)
-        at_end += tl.sum(write * tl.dot(k, dh, input_precision=PRECISION), 1)
+        faded += tl.sum(write * tl.dot(k, dh, input_precision=PRECISION), 1)
         kept += tl.sum(h.to(tl.float32) * dh.to(tl.float32), 0)
 
-    gamma = _decay(G, C)
+    gamma = _decay(G, C) * k_norm[None, :]
     dq = dq * (scale * tl.exp(G) * q_norm)[:, None]
-    da = (da * gamma * (scale * q_norm)[:, None] * k_norm[None, :]).to(DOT)
-    dq = tl.dot(da, k, dq, input_precision=PRECISION)
-    dk = tl.dot(tl.trans(da), q, dk, input_precision=PRECISION)
-    on_left = tl.zeros([C], dtype=tl.float32)
+    dG = tl.sum(q.to(tl.float32) * dq, 1) - faded
+    da = da * gamma * (scale * q_norm)[:, None]
+    pairs = da * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dq = tl.dot(da.to(DOT), k, dq, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(da.to(DOT)), q, dk, input_precision=PRECISION)
     if x_ptr is not None:
-        dl = tl.where(t[:, None] > t[None, :], dl, 0.0) * gamma * k_norm[:, None] * k_norm[None, :]
-        w += tl.sum(dl * tl.dot(k, tl.trans(k), input_precision=PRECISION), 1)
-        on_left = -beta * w
+        held *= from_start
+        dl = tl.where(t[:, None] > t[None, :], dl, 0.0) * gamma * k_norm[:, None]
+        later = dl * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        tl.store(dbeta_ptr + (token + t) * H + i_h, dbeta - held - tl.sum(later, 1), mask=t < n)
+        dG -= beta * held
+        pairs -= beta[:, None] * later
         dl = (dl * -beta[:, None]).to(DOT)
         dk = tl.dot(dl, k, dk, input_precision=PRECISION)
         dk = tl.dot(tl.trans(dl), k, dk, input_precision=PRECISION)
-        tl.store(dbeta_ptr + (token + t) * H + i_h, dbeta - w, mask=t < n)
-    on_q, on_k = tl.sum(q.to(tl.float32) * dq, 1), tl.sum(k.to(tl.float32) * dk, 1)
     if dg_ptr is not None:
-        dG = on_q + 2 * on_left - on_k
-        dG += tl.where(t == C - 1, tl.sum(kept, 0) * tl.exp(end) + tl.sum(at_end, 0), 0.0)
+        dG += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+        dG += tl.where(t == C - 1, tl.sum(kept, 0) * tl.exp(end) + tl.sum(faded, 0), 0.0)
         tl.store(dg_ptr + (token + t) * H + i_h, tl.cumsum(dG, 0, reverse=True), mask=t < n)
     if NORM:
-        dq -= q.to(tl.float32) * (on_q * q_norm * q_norm)[:, None]
-        dk -= k.to(tl.float32) * (on_k * k_norm * k_norm)[:, None]
+        dq -= q.to(tl.float32) * (tl.sum(q.to(tl.float32) * dq, 1) * q_norm * q_norm)[:, None]
+        dk -= k.to(tl.float32) * (tl.sum(k.to(tl.float32) * dk, 1) * k_norm * k_norm)[:, None]
     _put_tile(dq_ptr + (token * H + i_h) * K, dq, n, H * K, 0, K, C, BK)
     _put_tile(dk_ptr + (token * H + i_h) * K, dk, n, H * K, 0, K, C, BK)
 
@@ -343,12 +359,15 @@ def _scan_options(K: int, V: int, dtype: torch.dtype) -> dict:
     """Channels that a program owns, chunks in flight, and warps: as many as keep its state in registers."""
     BK = _power_of_two(K)
     large = BK > 128 or dtype == torch.float32
-    return {
-        "BK": BK,
-        "BV": min(32 if large else 64, _power_of_two(V)),
-        "STAGES": 1 if large else 2,
-        "num_warps": 8 if large else 4,
-    }
+    BV = min(32 if large else 64, _power_of_two(V))
+    # Eight warps would split a product of 16 columns into two of 8.
+    return {"BK": BK, "BV": BV, "STAGES": 1 if large else 2, "num_warps": 8 if large and BV > 16 else 4}
+
+
+def _gradient_options(K: int, V: int) -> dict:
+    """Value channels of a step, and warps."""
+    BV = min(32, _power_of_two(V))
+    return {"BK": _power_of_two(K), "BV": BV, "num_warps": 8 if BV > 16 else 4, "num_stages": 1}
 
 
 def _power_of_two(width: int) -> int:
@@ -381,7 +400,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         o = torch.empty(B, T, H, V, dtype=v.dtype, device=device)
         last = torch.empty(chunks.n_rows, H, K, V, dtype=torch.float32, device=device)
         options = _scan_options(K, V, v.dtype)
-        _scan[(triton.cdiv(V, options["BV"]), chunks.n_rows * H)](
+        _scan[(chunks.n_rows * H * triton.cdiv(V, options["BV"]),)](
             q, k, v, rows, a, inverse, state, o, last, None, None,
             T=T, q_t=q_t, q_h=q_h, k_t=k_t, k_h=k_h, v_t=v_t, v_h=v_h, scale=scale,
             H=H, K=K, V=V, C=CHUNK, OUTPUT=True, **options, **dots, **tables,
@@ -403,7 +422,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         sizes = {"H": H, "K": K, "V": V, "C": CHUNK}
         tables = {"first_ptr": chunks.first, "cu_ptr": chunks.cu_seqlens, "PACKED": chunks.owner is not None}
         dots, options = dot_format(v.dtype), _scan_options(K, V, v.dtype)
-        grid = (triton.cdiv(V, options["BV"]), chunks.n_rows * H)
+        grid = (chunks.n_rows * H * triton.cdiv(V, options["BV"]),)
 
         states = torch.empty(N, H, K, V, dtype=v.dtype, device=device)
         x = torch.empty(N, H, CHUNK, V, dtype=v.dtype, device=device) if delta else None
@@ -427,8 +446,8 @@ class _GatedDeltaRule(torch.autograd.Function):
         )
         _gradients[(N, H)](
             q, k, v, do, rows, x, dy, states, dstates, dq, dk, dv, dg, dbeta, chunks.owner,
-            v_t=v_t, v_h=v_h, do_t=do_t, do_h=do_h, scale=scale, BK=options["BK"], BV=min(options["BV"], 32),
-            NORM=qk_l2norm, num_warps=8, num_stages=1, **strides, **sizes, **dots, **tables,
+            v_t=v_t, v_h=v_h, do_t=do_t, do_h=do_h, scale=scale,
+            NORM=qk_l2norm, **strides, **sizes, **_gradient_options(K, V), **dots, **tables,
         )  # fmt: skip
         dg, dbeta = (None if x is None else x.to(gate.dtype) for x, gate in ((dg, g), (dbeta, beta)))
         dstate = None if state is None else dstate.to(state.dtype)
@@ -450,17 +469,17 @@ def gated_delta_rule(
     """Outputs o [B,T,H,V] in v's dtype and the state after the last token in fp32, as `jetlab.ops.gated_delta_rule`.
 
     Without `beta` the values are written as they come: `jetlab.ops.gated_linear_attention` with one decay a head.
-    q, k, v are bf16, fp16 or fp32, of one dtype and any strides; K ≤ 256, V ≤ 576, neither a power of two of necessity.
-    Log-decays below -50 count as -50. The gradient can be taken once. The caller has checked that shapes fit together.
+    q, k, v are bf16, fp16 or fp32, of one dtype and any strides; K ≤ 256, in fp32 ≤ 128, and no width need be a power of
+    two. Log-decays below -50 count as -50. The gradient can be taken once. The caller has checked that shapes fit together.
     Raises ValueError for another dtype, another device than a GPU's, or a wider head.
     """
     check_device(q, k, v, g, beta, state, cu_seqlens)
     check_format(v)
-    K, V = q.shape[-1], v.shape[-1]
-    if K > MAX_K or V > MAX_V:
+    K, limit = q.shape[-1], MAX_K[v.dtype]
+    if limit < K:
         raise ValueError(
-            f"a head of the Triton kernels has K ≤ {MAX_K} and V ≤ {MAX_V}, got {K} and {V}; use more heads, or "
-            "backend='chunked'"
+            f"a head of the Triton kernels has K ≤ {limit} in {v.dtype}, got {K}; use more heads, or backend='chunked'"
         )
-    scale = K**-0.5 if scale is None else scale
-    return _GatedDeltaRule.apply(q, k, v, g, beta, state, scale, qk_l2norm, cu_seqlens)
+    scale = float(K**-0.5 if scale is None else scale)
+    with torch.cuda.device_of(v):
+        return _GatedDeltaRule.apply(q, k, v, g, beta, state, scale, qk_l2norm, cu_seqlens)

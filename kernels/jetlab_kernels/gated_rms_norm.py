@@ -118,4 +118,5 @@ def gated_rms_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-5) -> T
     check_device(o, z, weight)
     for x in (o, z):
         check_format(x)
-    return _GatedRMSNorm.apply(o, z, weight, eps)
+    with torch.cuda.device_of(o):
+        return _GatedRMSNorm.apply(o, z, weight, eps)

@@ -115,23 +115,49 @@ def jetblock_step(
     """y [B,H,V] in v's dtype, the state in the dtype it came in, and the convolution's inputs, as above.
 
     `kernels` are kappa [B,H·V,W], bias included. With `in_place` the state is overwritten and returned. There is no
-    gradient. The caller has checked that shapes fit together.
-    Raises ValueError for a dtype other than bf16, fp16 and fp32, or another device than a GPU's.
+    gradient.
+    Raises ValueError if shapes do not fit together, for a dtype other than bf16, fp16 and fp32, for another device than a
+    GPU's, or if a state to be overwritten is not contiguous.
     """
     check_device(q, k, v, kernels, a, b, z, A_log, dt_bias, weight, state, conv_state)
     for x in (v, state):
         check_format(x)
     (B, H, K), V, W = q.shape, v.shape[-1], kernels.shape[-1]
+    for name, x, expected in (
+        ("k", k, (B, H, K)),
+        ("v", v, (B, H, V)),
+        ("kernels", kernels, (B, H * V, W)),
+        ("a", a, (B, H)),
+        ("b", b, (B, H)),
+        ("z", z, (B, H, V)),
+        ("A_log", A_log, (H,)),
+        ("dt_bias", dt_bias, (H,)),
+        ("weight", weight, (V,)),
+        ("state", state, (B, H, K, V)),
+        ("conv_state", conv_state, (B, H * V, W - 1)),
+    ):
+        if x.shape != expected:
+            raise ValueError(
+                f"{name} must be {list(expected)} beside q {[B, H, K]}, v {list(v.shape)} and {W} taps, got {list(x.shape)}; "
+                "pass one token's projections and the states that an earlier call returned"
+            )
+    if in_place and not state.is_contiguous():
+        raise ValueError(
+            f"a state to be overwritten must be contiguous, got strides {state.stride()}; leave in_place out, or "
+            "pass the state as an earlier call returned it"
+        )
     rows = [x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v, kernels, a, b, z)]
+    A_log, dt_bias, weight = A_log.contiguous(), dt_bias.contiguous(), weight.contiguous()
     state, conv_state = state.contiguous(), conv_state.contiguous()
     y = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
     new_state = state if in_place else torch.empty_like(state)
     new_conv = torch.empty_like(conv_state)
     BK, BV = max(16, triton.next_power_of_2(K)), min(BLOCK_V, max(16, triton.next_power_of_2(V)))
-    _jetblock_step[(H, B)](
-        *rows, A_log, dt_bias, weight, state, conv_state, new_state, new_conv, y, *(x.stride(0) for x in rows),
-        K**-0.5 if scale is None else scale, eps,
-        # At least eight numbers a thread: with fewer than a vector, several threads would read what one overwrites.
-        H=H, K=K, V=V, W=W, BK=BK, BV=BV, num_warps=min(4, BK * BV // 256),
-    )  # fmt: skip
+    with torch.cuda.device_of(v):
+        _jetblock_step[(H, B)](
+            *rows, A_log, dt_bias, weight, state, conv_state, new_state, new_conv, y, *(x.stride(0) for x in rows),
+            float(K**-0.5 if scale is None else scale), eps,
+            # At least eight numbers a thread: with fewer than a vector, several threads would read what one overwrites.
+            H=H, K=K, V=V, W=W, BK=BK, BV=BV, num_warps=min(4, BK * BV // 256),
+        )  # fmt: skip
     return y, new_state, new_conv

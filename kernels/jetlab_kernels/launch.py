@@ -43,13 +43,20 @@ def dot_format(dtype: torch.dtype) -> dict:
     return {"DOT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PRECISION": "tf32"}
 
 
-def token_strides(x: Tensor) -> tuple[Tensor, int, int]:
-    """x [B,T,H,X], the stride of its tokens and that of its heads; a copy where a kernel could not walk x as it lies.
+def walkable(x: Tensor) -> tuple[Tensor, int]:
+    """x [B,T,…,X] and the stride of its tokens, counted through all rows; a copy where a kernel could not walk x as it lies.
 
-    A kernel counts tokens through all rows and reads the last dimension without gaps: a slice of a joint projection
-    passes as it is.
+    A kernel steps from token to token and reads the last dimension without gaps: a slice of a joint projection passes.
+    A dimension of size 1 may have any stride, so with a single token a row the step is that of the rows.
     """
     B, T = x.shape[:2]
-    if x.stride(-1) != 1 or (B > 1 and x.stride(0) != T * x.stride(1)):
+    gaps = x.stride(-1) != 1 and x.shape[-1] > 1
+    if gaps or (B > 1 and T > 1 and x.stride(0) != T * x.stride(1)):
         x = x.contiguous()
-    return x, x.stride(1), x.stride(2)
+    return x, x.stride(1) if T > 1 else x.stride(0)
+
+
+def token_strides(x: Tensor) -> tuple[Tensor, int, int]:
+    """x [B,T,H,X] as `walkable`, and the stride of its heads too."""
+    x, token = walkable(x)
+    return x, token, x.stride(2)

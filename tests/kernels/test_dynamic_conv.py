@@ -83,6 +83,15 @@ def test_padding_changes_nothing(device):
     assert torch.equal(state, expected_state)
 
 
+@pytest.mark.parametrize("T", [1, 2])
+def test_any_order_of_dimensions_in_memory_will_do(T, device):
+    tensors, options, _ = inputs(3, T, 16, 8, 4, device=device)
+    expected, _ = generated_conv(**tensors, **options, backend="reference")
+    turned = {name: tensors[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "hidden")}
+    actual, _ = generated_conv(**tensors | turned, **options, backend="triton")
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_split_with_carried_state_equals_one_call(device):
     tensors, _, _ = inputs(2, 12, 16, 8, 4, device=device)
     state = tensors.pop("state")

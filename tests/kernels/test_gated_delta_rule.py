@@ -6,6 +6,7 @@ from compare import errors, guarded, outputs_and_gradients
 from torch.nn import functional as F
 
 from jetlab.ops import gated_delta_rule, gated_linear_attention
+from jetlab_kernels import gated_delta_rule as module
 from jetlab_kernels import launch
 
 FP32 = 5e-6  # the order of sums, and exponentials of summed decays
@@ -77,6 +78,26 @@ def test_takes_bf16_and_keeps_the_state_in_fp32(delta, device):
     assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize("T", [1, 2])
+def test_any_order_of_dimensions_in_memory_will_do(T, device):
+    """Rows in front of tokens, heads in front of both: a dimension of one token may have any stride."""
+    tensors, options, _ = inputs(3, T, 2, 8, 16, device=device)
+    expected, expected_state = gated_delta_rule(**tensors, **options, backend="reference")
+    for order in ((1, 0, 2, 3), (0, 2, 1, 3), (2, 1, 0, 3)):
+        back = tuple(order.index(i) for i in range(4))
+        turned = {name: tensors[name].permute(order).contiguous().permute(back) for name in ("q", "k", "v")}
+        o, state = gated_delta_rule(**tensors | turned, **options, backend="triton")
+        torch.testing.assert_close(o, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(state, expected_state, atol=1e-5, rtol=1e-5)
+
+
+def test_a_decay_that_is_no_number_shows(device):
+    tensors, options, _ = inputs(1, 3, 1, 8, 16, device=device)
+    tensors["g"][:, 1] = torch.nan
+    o, _ = gated_delta_rule(**tensors, **options, backend="triton")
+    assert o[:, 1:].isnan().all()
+
+
 @pytest.mark.parametrize("low", [-80.0, -torch.inf])
 def test_survives_resets(low, device):
     tensors, options, upstream = inputs(1, 130, 1, 8, 16, device=device)
@@ -121,7 +142,7 @@ def test_the_future_does_not_change_the_past(device):
 
 def test_refuses_what_it_cannot_compute(device, monkeypatch):
     tensors, options, _ = inputs(1, 2, 1, 300, 16, device=device)
-    with pytest.raises(ValueError, match=r"K ≤ 256 and V ≤ 576, got 300 and 16"):
+    with pytest.raises(ValueError, match=r"K ≤ 128 in torch.float32, got 300"):
         gated_delta_rule(**tensors, **options, backend="triton")
     tensors, options, _ = inputs(1, 2, 1, 8, 16, device=device, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"bfloat16, float16 or float32, got torch.float64"):
@@ -152,9 +173,18 @@ def test_refuses_what_it_cannot_compute(device, monkeypatch):
     ],
 )
 def test_equals_the_definition_at_published_widths(shape, options, seed, device):
-    for dtype, bound in ((torch.bfloat16, BF16), (torch.float32, 1e-4)):
-        for name, error in compare(*inputs(*shape, **options, seed=seed, device=device, dtype=dtype)).items():
-            assert error < bound, (dtype, name)
+    for dtype, bound in ((torch.bfloat16, BF16), (torch.float16, 3e-3), (torch.float32, 1e-4)):
+        if shape[3] <= module.MAX_K[dtype]:
+            for name, error in compare(*inputs(*shape, **options, seed=seed, device=device, dtype=dtype)).items():
+                assert error < bound, (dtype, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="so many programs take minutes under the interpreter")
+def test_takes_more_documents_than_a_grid_has_rows(device):
+    documents = list(range(6001))
+    for name, error in compare(*inputs(1, 6000, 12, 8, 16, documents=documents, device=device)).items():
+        assert error < FP32, name
 
 
 @pytest.mark.gpu

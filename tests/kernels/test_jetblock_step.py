@@ -84,6 +84,19 @@ def test_a_closed_gate_and_a_wide_open_one_stay_finite(device):
             assert error < 1e-6
 
 
+def test_refuses_what_it_cannot_compute(device):
+    tensors, states = inputs(2, 2, 8, 16, 4, device=device)
+    with pytest.raises(ValueError, match=r"state must be \[2, 2, 8, 16\] .*got \[1, 2, 8, 16\]"):
+        jetblock_step(*tensors, **states | {"state": states["state"][:1]}, backend="triton")
+    with pytest.raises(ValueError, match=r"kernels must be \[2, 32, 4\]"):
+        jetblock_step(*tensors[:3], tensors[3][:, :-1], *tensors[4:], **states, backend="triton")
+    turned = states["state"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match="to be overwritten must be contiguous"):
+        jetblock_step(*tensors, **states | {"state": turned}, backend="triton", in_place=True)
+    y, _, _ = jetblock_step(*tensors, **states | {"state": turned}, backend="triton")
+    assert torch.equal(y, jetblock_step(*tensors, **states, backend="triton")[0])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="published widths take minutes under the interpreter")
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
