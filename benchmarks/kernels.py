@@ -2,17 +2,19 @@
 
     python benchmarks/kernels.py --out records/h100/kernels [--only step] [--repeats 30]
 
-One line a shape, pass and peer. Each kernel's outputs and gradients, at the timed shape and format and into tensors filled
-with NaN, are compared with the definition's chunked form in fp64 on the same inputs; max_rel_error is the largest of
-‖ours - theirs‖ / ‖theirs‖. A line that misses its bound says checked = no and carries no time. Peers are our own PyTorch
-form ("pytorch": the chunked recurrence; the kernels of a dynamic convolution written out as the released code does; a step
-op by op) and, where it is installed, flash-linear-attention ("fla", with the error of its own outputs in peer_error).
+One line a shape, pass and peer. Each kernel's outputs and gradients, at the timed shape and format and into tensors
+filled with NaN, are compared with the definition's chunked form in fp64 on the same inputs; max_rel_error is the
+largest of ‖ours - theirs‖ / ‖theirs‖. A line that misses its bound says checked = no and carries no time. Peers are our
+own PyTorch form ("pytorch": the chunked recurrence, which computes in fp32; the kernels of a dynamic convolution
+written out as the released code does; a step op by op) and, where it is installed, flash-linear-attention ("fla", with
+the error of its own outputs in peer_error).
 
-floor_ms is the longer of two times: bytes that must move (each input read and each output written once, a state both) at
-the speed of a copy, and operations of the products in the chunked form at the speed of an 8192³ product, both measured at
-the start. A backward pass counts twice its forward's products: what a kernel computes a second time to save memory is its
-own affair. Calls are timed by events after a warm-up, median; a single step as a CUDA graph of replays over several input
-sets that together exceed the cache.
+floor_ms is the longer of two times: bytes that must move (each input read and each output written once; going back the
+same inputs and a gradient for each output read, a gradient of each input written) at the speed of a copy, and
+operations of the products in the chunked form at the speed of an 8192³ product, both measured at the start. A backward
+pass counts twice its forward's products: what a kernel computes a second time to save memory is its own affair. Calls
+are timed by events after a warm-up, median; a single step as replays of a CUDA graph over input sets whose states
+exceed the cache together.
 
 Writes kernels.csv, state_format.csv (error of a bf16 state over 65,536 steps), environment.json and command.txt.
 """
@@ -62,7 +64,8 @@ class Case:
     inputs: dict[str, Tensor | None]
     call: Callable[..., tuple[Tensor, ...]]  # (backend, **inputs)
     flops: float
-    n_bytes: float
+    bytes_in: float
+    bytes_out: float
     peers: dict[str, Callable[..., tuple[Tensor, ...]]] = field(default_factory=dict)
     weights: Callable[[str, torch.dtype], list[Tensor]] = lambda backend, dtype: []
     bound: float = BOUND
@@ -71,15 +74,15 @@ class Case:
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
     """Median time of `call` on the GPU.
 
-    In front of each call 1 GiB is overwritten: the cache holds nothing of the last one, and Python has queued the call
-    before the GPU comes to it.
+    In front of each call 2 GiB are read: the cache holds nothing of the last one, and Python has queued the call before the
+    GPU comes to it.
     """
     for _ in range(3):
         call()
-    flood = torch.empty(2**28, device="cuda")
+    flood = torch.ones(2**29, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
-        flood.zero_()
+        flood.sum()
         start.record()
         call()
         end.record()
@@ -118,15 +121,18 @@ def evaluate(case: Case, backend: str, upstream: list[Tensor] | None, dtype: tor
         return list(outputs)
     wanted = [x for x in leaves.values() if isinstance(x, Tensor)]
     wanted += case.weights(backend, wanted[0].dtype)
-    loss = sum((y * up.to(y.dtype)).sum() for y, up in zip(outputs, upstream, strict=True))
-    return [*outputs, *torch.autograd.grad(loss, wanted)]
+    return [
+        *outputs,
+        *torch.autograd.grad(
+            outputs, wanted, grad_outputs=[up.to(y.dtype) for y, up in zip(outputs, upstream, strict=True)]
+        ),
+    ]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    actual = actual.double()
-    if not actual.isfinite().all():
-        return float("inf")
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+    """‖actual - expected‖ / ‖expected‖ in fp64; infinite if a number is missing on either side."""
+    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    return error.item() if error.isfinite() else float("inf")
 
 
 def measure(case: Case, ceiling: dict[str, float], repeats: int) -> list[dict]:
@@ -134,7 +140,10 @@ def measure(case: Case, ceiling: dict[str, float], repeats: int) -> list[dict]:
     rows = one_pass(case, "forward", None, ceiling, repeats)
     torch.cuda.empty_cache()
     rng = torch.Generator(device="cuda").manual_seed(1)
-    upstream = [torch.randn(y.shape, device="cuda", generator=rng) for y in evaluate(case, "chunked", None)]
+    outputs = evaluate(
+        case, "chunked", None
+    )  # in the format of each, so that no cast is timed, and none rounds one side
+    upstream = [torch.randn(y.shape, device="cuda", generator=rng).to(y.dtype) for y in outputs]
     rows += one_pass(case, "forward+backward", upstream, ceiling, repeats)
     torch.cuda.empty_cache()
     return rows
@@ -145,15 +154,21 @@ def one_pass(
 ) -> list[dict]:
     exact = evaluate(case, "chunked", upstream, torch.float64)
 
-    def largest_error(backend: str) -> float:
-        return max(relative_error(x, y) for x, y in zip(evaluate(case, backend, upstream), exact, strict=True))
+    def errors(backend: str) -> list[float]:
+        return [relative_error(x, y) for x, y in zip(evaluate(case, backend, upstream), exact, strict=True)]
 
     with poisoned():
-        error = largest_error("triton")
+        ours = errors("triton")
+    error = max(ours)
     checked = error < case.bound
+    if not checked:
+        print(
+            f"{case.op} {case.shape} {name}: errors of outputs and gradients {[f'{x:.1e}' for x in ours]}", flush=True
+        )
     ms = milliseconds(lambda: evaluate(case, "triton", upstream), repeats) if checked else None
-    passes = 3 if upstream else 1
-    n_bytes, flops = passes * case.n_bytes, passes * case.flops
+    # Back, what came out comes in again as a gradient beside all inputs, and a gradient of each input leaves.
+    n_bytes = case.bytes_in + case.bytes_out + (2 * case.bytes_in + case.bytes_out if upstream else 0)
+    flops = (3 if upstream else 1) * case.flops
     dtype = str(next(x.dtype for x in case.inputs.values() if isinstance(x, Tensor))).removeprefix("torch.")
     rows = []
     for peer, backend in {"pytorch": "chunked", **{name: name for name in case.peers}}.items():
@@ -161,7 +176,7 @@ def one_pass(
         row |= {"flops": flops, "bytes": n_bytes, "max_rel_error": error, "checked": "yes" if checked else "no"}
         row["floor_ms"] = max(n_bytes / ceiling["bytes_per_s"], flops / ceiling["flops_per_s"]) * 1e3
         try:
-            row["peer_error"] = largest_error(backend)
+            row["peer_error"] = max(errors(backend))
             row["peer_ms"] = milliseconds(lambda backend=backend: evaluate(case, backend, upstream), repeats)
         except (RuntimeError, ValueError, NotImplementedError) as failure:  # out of memory is a RuntimeError
             print(f"{case.op} {case.shape} {name}: {peer} failed: {str(failure)[:200]}", flush=True)
@@ -207,9 +222,9 @@ def recurrence(B: int, T: int, H: int, K: int, V: int, *, delta: bool) -> Case:
     if importlib.util.find_spec("fla"):
         peers["fla"] = fla_delta_rule if delta else fla_linear_attention
     shape = f"{B}x{T}x{H}x{K}x{V}"
-    n_bytes = tokens * (e * (2 * K + 2 * V) + 4 * (1 + delta)) + 4 * B * H * K * V
+    sizes = {"bytes_in": tokens * (e * (2 * K + V) + 4 * (1 + delta)), "bytes_out": tokens * e * V + 4 * B * H * K * V}
     return Case(
-        "gated_delta_rule" if delta else "gated_linear_attention", shape, inputs, call, flops, n_bytes, peers=peers
+        "gated_delta_rule" if delta else "gated_linear_attention", shape, inputs, call, flops, **sizes, peers=peers
     )
 
 
@@ -234,8 +249,8 @@ def convolution(B: int, T: int, C: int, R: int, W: int = 4) -> Case:
         y, _ = generated_conv(**x, activation="silu", backend=backend)
         return (y,)
 
-    n_bytes = 2 * (2 * B * T * C + B * T * R + C * W * R)
-    return Case("dynamic_conv", f"{B}x{T}x{C} R={R} W={W}", inputs, call, 2.0 * B * T * C * W * R, n_bytes)
+    sizes = {"bytes_in": 2 * (B * T * (C + R) + C * W * R), "bytes_out": 2 * B * T * C}
+    return Case("dynamic_conv", f"{B}x{T}x{C} R={R} W={W}", inputs, call, 2.0 * B * T * C * W * R, **sizes)
 
 
 def norm(B: int, T: int, H: int, V: int) -> Case:
@@ -248,7 +263,9 @@ def norm(B: int, T: int, H: int, V: int) -> Case:
             return (gated_rms_norm(o, z, weight, module.eps),)
         return (torch.func.functional_call(module, {"weight": weight}, (o, z)),)
 
-    return Case("gated_rms_norm", f"{B}x{T}x{H}x{V}", inputs, call, 0.0, 2 * 3 * B * T * H * V)
+    return Case(
+        "gated_rms_norm", f"{B}x{T}x{H}x{V}", inputs, call, 0.0, bytes_in=4 * B * T * H * V, bytes_out=2 * B * T * H * V
+    )
 
 
 def layer(B: int, T: int) -> Case:
@@ -277,9 +294,9 @@ def layer(B: int, T: int) -> Case:
     rule = recurrence(1, CHUNK, H, JET_2B.head_dim, JET_2B.head_dim_v, delta=True)
     flops = B * T * (2 * (D * (2 * Kd + 3 * Vd + 2 * H) + D * R + R * W * Vd) + rule.flops / CHUNK)
     weights = sum(p.numel() for p in blocks["triton", torch.bfloat16].parameters())
-    n_bytes = 2 * (2 * B * T * D + weights)
+    sizes = {"bytes_in": 2 * (B * T * D + weights), "bytes_out": 2 * B * T * D}
     return Case(
-        "jetblock", f"{B}x{T}x{D}", {"x": draw(B, T, D)}, call, flops, n_bytes, weights=weights_of, bound=LAYER_BOUND
+        "jetblock", f"{B}x{T}x{D}", {"x": draw(B, T, D)}, call, flops, **sizes, weights=weights_of, bound=LAYER_BOUND
     )
 
 
@@ -305,28 +322,27 @@ def steps(B: int, state_dtype: torch.dtype, ceiling: dict[str, float], repeats: 
     """One decoding step of a layer, from one state to another: a graph's replay over sets that exceed the cache together."""
     H, K, V, W = JET_2B.n_heads, JET_2B.head_dim, JET_2B.head_dim_v, JET_2B.conv_size
     state_bytes = B * H * K * V * state_dtype.itemsize
-    sets = [
-        step_inputs(B, H, K, V, W, state_dtype, seed) for seed in range(max(2, min(64, int(2e8 // state_bytes) + 1)))
-    ]
+    sets = [step_inputs(B, H, K, V, W, state_dtype, seed) for seed in range(max(2, int(2e8 // state_bytes)))]
 
     def replayed(backend: str) -> float:
-        def all_sets():
-            for x in sets:
-                step(backend, **x)
+        def all_sets() -> list:
+            return [step(backend, **x) for x in sets]
 
         all_sets()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            all_sets()
-        return milliseconds(graph.replay, repeats) / len(sets)
+            outputs = all_sets()  # all kept, so that each set has memory of its own to write to
+        ms = milliseconds(graph.replay, repeats) / len(sets)
+        del outputs
+        return ms
 
     exact = step("reference", **{name: x.double() for name, x in sets[0].items()})
     with poisoned():
         errors = [relative_error(x, y) for x, y in zip(step("triton", **sets[0]), exact, strict=True)]
     peer_errors = [relative_error(x, y) for x, y in zip(step("reference", **sets[0]), exact, strict=True)]
     small = sum(x.nbytes for name, x in sets[0].items() if name not in ("state", "A_log", "dt_bias", "weight"))
-    n_bytes, flops = 2 * state_bytes + small + 2 * B * H * V, 8.0 * B * H * K * V
+    n_bytes, flops = 2 * state_bytes + small + 2 * B * H * V * (1 + W - 1), 8.0 * B * H * K * V
     checked = max(errors) < BOUND
     row = {"op": "jetblock_step", "pass": "decode", "shape": f"{B}x{H}x{K}x{V}", "peer": "pytorch", "flops": flops}
     row |= {"dtype": f"state {str(state_dtype).removeprefix('torch.')}", "bytes": n_bytes}
