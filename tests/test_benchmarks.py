@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from jetlab.paths import ROOT
 
@@ -58,6 +59,16 @@ def test_decoding_steps_hold_the_state_that_their_setting_says():
     longer = by_setting["96/256/12 twice the context"]
     assert longer["kv_bytes"] == 2 * plain["kv_bytes"] and longer["state_bytes"] == plain["state_bytes"]
     assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in by_setting.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and they would run for minutes")
+@pytest.mark.parametrize("script", ["kernels.py", "tune_kernels.py"])
+def test_what_measures_a_gpu_says_that_there_is_none(script, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / script, "--out", tmp_path / "record"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "measures on a CUDA device, and PyTorch sees none" in done.stderr
+    assert not (tmp_path / "record").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")

@@ -40,6 +40,11 @@ from jetlab_kernels.launch import check_device, check_format, dot_format, token_
 from jetlab_kernels.unit_lower import SIDE, invert
 
 CHUNK = SIDE
+# Value channels that a program owns (of _gradients: takes at a time), chunks in flight, warps.
+SCAN = {"BV": 64, "STAGES": 2, "num_warps": 4}
+SCAN_BACK = {"BV": 64, "STAGES": 2, "num_warps": 4}
+SCAN_LARGE = {"BV": 32, "STAGES": 1, "num_warps": 8}  # K > 128, or fp32
+GRADIENTS = {"BV": 32, "num_warps": 8, "num_stages": 1}
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 # exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
 LOWEST_LOG_DECAY: tl.constexpr = tl.constexpr(-50.0)
@@ -355,19 +360,15 @@ class _Chunks(NamedTuple):
         return cls(len(owner), len(counts), owner, first, cu_seqlens)
 
 
-def _scan_options(K: int, V: int, dtype: torch.dtype) -> dict:
-    """Channels that a program owns, chunks in flight, and warps: as many as keep its state in registers."""
-    BK = _power_of_two(K)
-    large = BK > 128 or dtype == torch.float32
-    BV = min(32 if large else 64, _power_of_two(V))
-    # Eight warps would split a product of 16 columns into two of 8.
-    return {"BK": BK, "BV": BV, "STAGES": 1 if large else 2, "num_warps": 8 if large and BV > 16 else 4}
+def _tiles(tiles: dict, K: int, V: int) -> dict:
+    """`tiles` for heads of K key and V value channels. Of 16 value channels eight warps would make two products of 8."""
+    BV = min(tiles["BV"], _power_of_two(V))
+    return tiles | {"BK": _power_of_two(K), "BV": BV, "num_warps": tiles["num_warps"] if BV > 16 else 4}
 
 
-def _gradient_options(K: int, V: int) -> dict:
-    """Value channels of a step, and warps."""
-    BV = min(32, _power_of_two(V))
-    return {"BK": _power_of_two(K), "BV": BV, "num_warps": 8 if BV > 16 else 4, "num_stages": 1}
+def _is_large(K: int, dtype: torch.dtype) -> bool:
+    """Whether the state of a scan and its factors leave registers and shared memory for one chunk at a time only."""
+    return K > 128 or dtype == torch.float32
 
 
 def _power_of_two(width: int) -> int:
@@ -399,7 +400,7 @@ class _GatedDeltaRule(torch.autograd.Function):
 
         o = torch.empty(B, T, H, V, dtype=v.dtype, device=device)
         last = torch.empty(chunks.n_rows, H, K, V, dtype=torch.float32, device=device)
-        options = _scan_options(K, V, v.dtype)
+        options = _tiles(SCAN_LARGE if _is_large(K, v.dtype) else SCAN, K, V)
         _scan[(chunks.n_rows * H * triton.cdiv(V, options["BV"]),)](
             q, k, v, rows, a, inverse, state, o, last, None, None,
             T=T, q_t=q_t, q_h=q_h, k_t=k_t, k_h=k_h, v_t=v_t, v_h=v_h, scale=scale,
@@ -421,7 +422,8 @@ class _GatedDeltaRule(torch.autograd.Function):
         strides = {"T": T, "q_t": q_t, "q_h": q_h, "k_t": k_t, "k_h": k_h}
         sizes = {"H": H, "K": K, "V": V, "C": CHUNK}
         tables = {"first_ptr": chunks.first, "cu_ptr": chunks.cu_seqlens, "PACKED": chunks.owner is not None}
-        dots, options = dot_format(v.dtype), _scan_options(K, V, v.dtype)
+        dots, large = dot_format(v.dtype), _is_large(K, v.dtype)
+        options = _tiles(SCAN_LARGE if large else SCAN, K, V)
         grid = (chunks.n_rows * H * triton.cdiv(V, options["BV"]),)
 
         states = torch.empty(N, H, K, V, dtype=v.dtype, device=device)
@@ -435,6 +437,8 @@ class _GatedDeltaRule(torch.autograd.Function):
         dstate = None if state is None else torch.empty_like(state, dtype=torch.float32)
         dv = torch.empty(B, T, H, V, dtype=v.dtype, device=device)
         dy = torch.empty_like(x) if delta else None
+        options = _tiles(SCAN_LARGE if large else SCAN_BACK, K, V)
+        grid = (chunks.n_rows * H * triton.cdiv(V, options["BV"]),)
         _scan_back[grid](
             q, k, do, rows, a, inverse, dlast.contiguous(), dy if delta else dv, dstates, dstate,
             do_t=do_t, do_h=do_h, scale=scale, **strides, **sizes, **options, **dots, **tables,
@@ -447,7 +451,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         _gradients[(N, H)](
             q, k, v, do, rows, x, dy, states, dstates, dq, dk, dv, dg, dbeta, chunks.owner,
             v_t=v_t, v_h=v_h, do_t=do_t, do_h=do_h, scale=scale,
-            NORM=qk_l2norm, **strides, **sizes, **_gradient_options(K, V), **dots, **tables,
+            NORM=qk_l2norm, **strides, **sizes, **_tiles(GRADIENTS, K, V), **dots, **tables,
         )  # fmt: skip
         dg, dbeta = (None if x is None else x.to(gate.dtype) for x, gate in ((dg, g), (dbeta, beta)))
         dstate = None if state is None else dstate.to(state.dtype)

@@ -23,7 +23,10 @@ from torch import Tensor
 
 from jetlab_kernels.launch import check_device, check_format
 
-BLOCK_V = 64
+# Value channels that a program takes at a time, warps. Few heads fill the GPU only if each loads its state all at once.
+MANY = {"BV": 64, "num_warps": 4}
+FEW = {"BV": 256, "num_warps": 8}
+FEW_HEADS = 264  # two for each multiprocessor of an H100
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 
 
@@ -47,6 +50,7 @@ def _jetblock_step(
     i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     q = _unit(q_ptr + i_b * q_b + i_h * K, K, BK) * scale
     k = _unit(k_ptr + i_b * k_b + i_h * K, K, BK)
+    qk = tl.sum(q * k, 0)
     a = tl.load(a_ptr + i_b * a_b + i_h).to(tl.float32) + tl.load(dt_bias_ptr + i_h).to(tl.float32)
     softplus = tl.where(a > 20.0, a, tl.log(1.0 + tl.exp(tl.minimum(a, 20.0))))
     decay = tl.exp(-tl.exp(tl.load(A_log_ptr + i_h).to(tl.float32)) * softplus)
@@ -77,10 +81,11 @@ def _jetblock_step(
             tl.store(new_conv_ptr + conv_at + W - 2, now.to(new_conv_ptr.dtype.element_ty), mask=real)
         v *= tl.sigmoid(v)
 
+        # o = (S + k write^T)^T q, from two sums over the old S that need not wait for each other.
         write = beta * (v - tl.sum(S * k[:, None], 0))
+        o = tl.sum(S * q[:, None], 0) + qk * write
         S += k[:, None] * write[None, :]
         tl.store(new_state_ptr + at, S.to(new_state_ptr.dtype.element_ty), mask=inside)
-        o = tl.sum(S * q[:, None], 0)
         squares += tl.sum(o * o, 0)
         outputs += (o,)
 
@@ -152,12 +157,15 @@ def jetblock_step(
     y = torch.empty(B, H, V, dtype=v.dtype, device=v.device)
     new_state = state if in_place else torch.empty_like(state)
     new_conv = torch.empty_like(conv_state)
-    BK, BV = max(16, triton.next_power_of_2(K)), min(BLOCK_V, max(16, triton.next_power_of_2(V)))
+    tiles = MANY if B * H > FEW_HEADS else FEW
+    BK, BV = max(16, triton.next_power_of_2(K)), min(tiles["BV"], max(16, triton.next_power_of_2(V)))
+    if BK > 128:  # more rows, fewer columns: what a thread holds stays the same
+        BV = min(BV, tiles["BV"] // 2)
     with torch.cuda.device_of(v):
         _jetblock_step[(H, B)](
             *rows, A_log, dt_bias, weight, state, conv_state, new_state, new_conv, y, *(x.stride(0) for x in rows),
             float(K**-0.5 if scale is None else scale), eps,
             # At least eight numbers a thread: with fewer than a vector, several threads would read what one overwrites.
-            H=H, K=K, V=V, W=W, BK=BK, BV=BV, num_warps=min(4, BK * BV // 256),
+            H=H, K=K, V=V, W=W, BK=BK, BV=BV, num_warps=min(tiles["num_warps"], BK * BV // 256),
         )  # fmt: skip
     return y, new_state, new_conv

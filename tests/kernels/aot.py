@@ -79,9 +79,10 @@ def launch_all(K: int, V: int, dtype: torch.dtype, *, packed: bool = False, sing
     )
     y.sum().backward()
     gated_rms_norm.gated_rms_norm(o.detach().requires_grad_(), draw(B, T, H, V), draw(V)).sum().backward()
-    head = [draw(B, H, K), draw(B, H, K), draw(B, H, V), draw(B, C, W), draw(B, H), draw(B, H), draw(B, H, V)]
-    parameters = [draw(H), draw(H), draw(V)]
-    jetblock_step.jetblock_step(*head, *parameters, state=state[:1], conv_state=draw(B, C, W - 1))
+    for n in (B, 300):  # few heads, and many
+        head = [draw(n, H, K), draw(n, H, K), draw(n, H, V), draw(n, C, W), draw(n, H), draw(n, H), draw(n, H, V)]
+        states = {"state": draw(n, H, K, V, dtype=torch.float32), "conv_state": draw(n, C, W - 1)}
+        jetblock_step.jetblock_step(*head, draw(H), draw(H), draw(V), **states)
 
 
 if __name__ == "__main__":

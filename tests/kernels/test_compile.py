@@ -21,7 +21,7 @@ SHAPES = [  # key and value width of a head, format of q, k, v
 ]
 SHARED_BYTES = 227 * 1024  # of a multiprocessor of sm_90 for one program
 LAUNCHES = {"_prepare": 2, "_invert": 1, "_scan": 4, "_scan_back": 2, "_gradients": 2}
-LAUNCHES |= {"_forward": 1, "_values": 1, "_hidden": 1, "_weight": 1, "_jetblock_step": 1}
+LAUNCHES |= {"_forward": 1, "_values": 1, "_hidden": 1, "_weight": 1, "_jetblock_step": 2}
 LAUNCHES |= {"_norm_forward": 1, "_norm_backward": 1}
 
 
