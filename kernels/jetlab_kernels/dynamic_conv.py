@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jetlab_kernels import MAX_TAPS
 from jetlab_kernels.launch import check_device, check_format, dot_format, walkable
 
 # Tiles: tokens, channels, bottleneck or tokens of a step; warps; steps in flight.
@@ -29,7 +30,6 @@ FORWARD = {"BM": 128, "BC": 64, "BR": 64, "num_warps": 8, "STAGES": 3}
 VALUES = {"BM": 128, "BC": 64, "BR": 64, "num_warps": 8, "STAGES": 2}
 HIDDEN = {"BM": 128, "BC": 64, "BR": 128, "num_warps": 8, "STAGES": 2}
 WEIGHT = {"BM": 64, "BC": 64, "BR": 128, "num_warps": 8, "STAGES": 2, "SPLIT": 4}
-MAX_TAPS = 8
 
 
 @triton.jit

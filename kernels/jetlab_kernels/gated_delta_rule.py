@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jetlab_kernels import MAX_HEAD_DIM
 from jetlab_kernels.launch import check_device, check_format, dot_format, token_strides
 from jetlab_kernels.unit_lower import SIDE, invert
 
@@ -48,8 +49,6 @@ GRADIENTS = {"BV": 32, "num_warps": 8, "num_stages": 1}
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 # exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
 LOWEST_LOG_DECAY: tl.constexpr = tl.constexpr(-50.0)
-# A program holds all key channels of a head, so registers and shared memory bound them; value channels come in blocks.
-MAX_K = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
 
 
 @triton.jit
@@ -479,7 +478,7 @@ def gated_delta_rule(
     """
     check_device(q, k, v, g, beta, state, cu_seqlens)
     check_format(v)
-    K, limit = q.shape[-1], MAX_K[v.dtype]
+    K, limit = q.shape[-1], MAX_HEAD_DIM[v.dtype]
     if limit < K:
         raise ValueError(
             f"a head of the Triton kernels has K ≤ {limit} in {v.dtype}, got {K}; use more heads, or backend='chunked'"

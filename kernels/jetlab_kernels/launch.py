@@ -6,8 +6,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from jetlab_kernels import MAX_HEAD_DIM
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads the same variable when it decorates a kernel
-FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_device(*tensors: Tensor | None) -> None:
@@ -26,7 +27,7 @@ def check_device(*tensors: Tensor | None) -> None:
 
 def check_format(x: Tensor) -> None:
     """Raises ValueError unless x is bf16, fp16 or fp32."""
-    if x.dtype not in FORMATS:
+    if x.dtype not in MAX_HEAD_DIM:
         raise ValueError(
             f"Triton kernels take bfloat16, float16 or float32, got {x.dtype}; backend='chunked' and 'reference' keep fp64"
         )

@@ -97,7 +97,7 @@ class KernelGenerator(nn.Module):
 class DynamicConv(nn.Module):
     """Dynamic convolution of v [B,T,C] with kernels made from x [B,T,D]; `options` of `KernelGenerator` after C and W.
 
-    On backend "triton" the kernels are made where they are used, unless the generator's last layer must be called.
+    With Triton the kernels are made where they are used, unless the generator's last layer must be called.
     """
 
     def __init__(self, d_model: int, n_channels: int, conv_size: int, hidden: int, *, backend: str = "auto", **options):
@@ -107,7 +107,8 @@ class DynamicConv(nn.Module):
 
     def forward(self, v: Tensor, x: Tensor, **options) -> tuple[Tensor, Tensor]:
         generator = self.kernel_generator
-        if resolve_backend(self.backend) != "triton" or not is_plain(generator.w2):
+        backend = resolve_backend(self.backend, v, x, taps=generator.conv_size)
+        if backend != "triton" or not is_plain(generator.w2):
             return dynamic_conv(v, generator(x), **options)
         hidden = generator.hidden(x)
         weight, bias = generator.w2.weight.to(hidden.dtype), generator.w2.bias.to(hidden.dtype)
@@ -301,7 +302,7 @@ class JetBlock(nn.Module):
         """Whether one kernel does all between the projections: one token, no gradient, the block as published."""
         published = (self.conv_v, self.conv_q, self.conv_k) == ("dynamic", "none", "none") and self.value_branch is None
         single = x.shape[1] == 1 and state is not None and mask is None and not torch.is_grad_enabled()
-        return published and single and resolve_backend(self.backend) == "triton"
+        return published and single and resolve_backend(self.backend, x, *state) == "triton"
 
 
 def _dynamic(name: str) -> str:

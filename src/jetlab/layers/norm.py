@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jetlab.ops.recurrence import core_dtype, resolve_backend
+from jetlab.ops.backends import resolve_backend
+from jetlab.ops.recurrence import core_dtype
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +39,7 @@ class GatedRMSNorm(RMSNorm):
         self.backend = backend
 
     def forward(self, o: Tensor, z: Tensor) -> Tensor:
-        if resolve_backend(self.backend) == "triton":
+        if resolve_backend(self.backend, o, z) == "triton":
             from jetlab_kernels.gated_rms_norm import gated_rms_norm
 
             return gated_rms_norm(o, z, self.weight, self.eps)

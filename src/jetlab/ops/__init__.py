@@ -1,5 +1,6 @@
 """The mathematics of the token mixers in plain PyTorch: each operation with the token-by-token definition beside it."""
 
+from jetlab.ops.backends import resolve_backend
 from jetlab.ops.conv import (
     dynamic_conv,
     dynamic_conv_reference,
@@ -15,7 +16,6 @@ from jetlab.ops.gated_linear_attention import (
     gated_linear_attention_reference,
 )
 from jetlab.ops.jetblock_step import jetblock_step, jetblock_step_reference
-from jetlab.ops.recurrence import resolve_backend
 
 __all__ = [
     "dplr_delta_rule",

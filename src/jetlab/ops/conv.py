@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from jetlab.ops.packing import document_positions, gather, spread
-from jetlab.ops.recurrence import resolve_backend
+from jetlab.ops.backends import resolve_backend
+from jetlab.ops.packing import check_documents, document_positions, gather, spread
 
 ACTIVATIONS = {None: lambda y: y, "silu": F.silu}
 
@@ -98,21 +98,18 @@ def generated_conv(
             f"weight must be [C · W, R] and bias [C · W] with C = {C} and R = {R}, taps fastest, got {list(weight.shape)} and "
             f"{list(bias.shape)}; give the weight and bias of a Linear from R to C · W"
         )
-    if resolve_backend(backend) != "triton":
+    W = weight.shape[0] // C
+    if resolve_backend(backend, x, hidden, weight, state, taps=W) != "triton":
         kernels = F.linear(hidden, weight, bias).unflatten(-1, (C, -1))
         return dynamic_conv(x, kernels, state=state, activation=activation, cu_seqlens=cu_seqlens, mask=mask)
     from jetlab_kernels.dynamic_conv import dynamic_conv as kernel
 
-    B, T, _ = x.shape
-    S = B if cu_seqlens is None else len(cu_seqlens) - 1
-    _check(x, state, (S, C, weight.shape[0] // C - 1), activation, cu_seqlens, mask)
-    begin = None
-    if cu_seqlens is not None:
-        begin = cu_seqlens[:-1]
-    elif mask is not None:
-        x = x.masked_fill(~mask.bool()[..., None], 0)
-        begin = torch.arange(0, B * T, T, device=x.device) + (mask.cumsum(1) == 0).sum(1).clamp_max(T - 1)
-    last = _last_inputs(x, weight.shape[0] // C, state, cu_seqlens, mask)
+    n_sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    _check(x, state, (n_sequences, C, W - 1), activation, cu_seqlens, mask)
+    x = x if mask is None else x.masked_fill(~mask.bool()[..., None], 0)
+    begin, length = _sequences(x, cu_seqlens, mask)
+    last = _last_inputs(x, begin, length, x.new_zeros(n_sequences, C, W - 1) if state is None else state.to(x.dtype))
+    begin = None if cu_seqlens is None and mask is None else begin  # every row from its start
     return kernel(x, hidden, weight, bias, history=state, begin=begin, activation=activation), last
 
 
@@ -161,7 +158,8 @@ def _conv(x, kernels, bias, state, activation, cu_seqlens, mask):
         packed, mask = document_positions(cu_seqlens, x.shape[0], x.shape[1])
         x = spread(x, packed, mask)
         kernels = spread(kernels, packed, mask) if kernels.ndim == 4 else kernels
-    T, history = x.shape[1], _history(x, state, W)
+    T = x.shape[1]
+    history = x.new_zeros(x.shape[0], W - 1, x.shape[-1]) if state is None else state.to(x.dtype).transpose(1, 2)
     if mask is None:
         window = torch.cat([history, x], 1)  # input t is window[t + W - 1]
         last = window[:, T:].clone()  # a copy: a view would keep the whole sequence alive
@@ -172,21 +170,29 @@ def _conv(x, kernels, bias, state, activation, cu_seqlens, mask):
     return (y if packed is None else gather(y, packed)), last.transpose(1, 2)
 
 
-def _history(x: Tensor, state: Tensor | None, W: int) -> Tensor:
-    """The W-1 inputs before x [B,T,C], as [B,W-1,C]."""
-    return x.new_zeros(x.shape[0], W - 1, x.shape[-1]) if state is None else state.to(x.dtype).transpose(1, 2)
-
-
-def _last_inputs(x, W, state, cu_seqlens, mask) -> Tensor:
-    """The state after the last token, where the convolution itself has made no window."""
+def _sequences(x: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """First token, counted through all rows of x [B,T,C], and number of tokens of each row's sequence or each document."""
+    B, T, _ = x.shape
     if cu_seqlens is not None:
-        packed, mask = document_positions(cu_seqlens, x.shape[0], x.shape[1])
-        x = spread(x, packed, mask)
-    history = _history(x, state, W)
-    if mask is not None:
-        return _masked_window(x, history, mask)[1].transpose(1, 2)
-    recent = torch.cat([history, x[:, max(0, x.shape[1] - W + 1) :]], 1)
-    return recent[:, recent.shape[1] - W + 1 :].clone().transpose(1, 2)
+        check_documents(cu_seqlens, B, T)
+        return cu_seqlens[:-1], cu_seqlens.diff()
+    rows = torch.arange(0, B * T, T, device=x.device)
+    if mask is None:
+        return rows, torch.full_like(rows, T)
+    first = (mask.cumsum(1) == 0).sum(1)
+    behind = torch.where(mask.bool(), torch.arange(1, T + 1, device=x.device), 0).amax(1)
+    return rows + first.clamp_max(T - 1), (behind - first).clamp_min(0)
+
+
+def _last_inputs(x: Tensor, begin: Tensor, length: Tensor, history: Tensor) -> Tensor:
+    """The W-1 inputs up to the end of each sequence, those of `history` [S,C,W-1] where it is shorter."""
+    W = history.shape[-1] + 1
+    place = (
+        length[:, None] - (W - 1) + torch.arange(W - 1, device=x.device)
+    )  # in the sequence; before it, in the history
+    recent = x.flatten(0, 1)[(begin[:, None] + place).clamp_min(0)].mT
+    past = history.gather(-1, (place + W - 1).clamp_max(max(0, W - 2))[:, None].expand_as(recent))
+    return torch.where(place[:, None] < 0, past, recent)
 
 
 def _masked_window(x: Tensor, history: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ def gated_delta_rule(
     (B = 1) holds N documents, each starting from its own state: `state` in and out is [N,H,K,V]. `chunk_size` is the
     number of tokens solved together by the chunked form; it changes the speed and not the result. `g_min`, a bound on
     g that other recurrences use to choose a cheaper form, has no effect on a decay of one number per head, because
-    every exponent is ≤ 0 whatever g is. `backend="triton"` takes bf16, fp16 and fp32 on a GPU, K ≤ 256 and V ≤ 576.
+    every exponent is ≤ 0 whatever g is. `backend="triton"` takes bf16, fp16 and fp32 on a GPU, K ≤ 256 (fp32: 128).
     Raises ValueError if shapes do not fit together, `backend` or `chunk_size` is not a choice that exists, or a kernel
     does not take these inputs.
     """

@@ -49,7 +49,7 @@ def gated_linear_attention(
     from its own state: `state` in and out is [N,H,K,V]. `chunk_size` is the number of tokens solved together by the
     chunked form, rounded up to a power of two for a decay per channel; it changes the speed and not the result. `g_min`,
     a bound on g that other forms use to split exponentials, has no effect: here no exponent is positive whatever g is.
-    `backend="triton"` takes one decay per head, bf16, fp16 and fp32 on a GPU, K ≤ 256 and V ≤ 576.
+    `backend="triton"` takes one decay per head, bf16, fp16 and fp32 on a GPU, K ≤ 256 (fp32: 128).
     Raises ValueError if shapes do not fit together, `backend` or `chunk_size` is not a choice that exists, or a kernel
     does not take these inputs.
     """

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jetlab.ops.recurrence import core_dtype, l2_normalize, resolve_backend
+from jetlab.ops.backends import resolve_backend
+from jetlab.ops.recurrence import core_dtype, l2_normalize
 
 
 def jetblock_step(*tensors: Tensor, backend: str = "auto", **options) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,7 +24,7 @@ def jetblock_step(*tensors: Tensor, backend: str = "auto", **options) -> tuple[T
     Arguments as of `jetblock_step_reference`. Backend "triton" does all in one launch, on a GPU, in bf16, fp16 or fp32;
     it gives no gradient, and with `in_place=True` it overwrites `state`. Every other backend is the definition.
     """
-    if resolve_backend(backend) != "triton":
+    if resolve_backend(backend, *tensors, options["state"]) != "triton":
         return jetblock_step_reference(*tensors, **options)
     from jetlab_kernels.jetblock_step import jetblock_step as kernel
 

@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 
-def document_positions(cu_seqlens: Tensor, n_batch: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """Place of every token after spreading, and which places hold a token.
-
-    Returns `index` [T] into the flattened [N, L] (N documents, L the longest) and `mask` [N, L], True at tokens.
-    Raises ValueError if the batch is not 1, or if `cu_seqlens` is not a tensor of whole numbers that rise from 0 to T.
-    """
+def check_documents(cu_seqlens: Tensor, n_batch: int, n_tokens: int) -> None:
+    """Raises ValueError if the batch is not 1, or `cu_seqlens` is not a tensor of whole numbers that rise from 0 to T."""
     if n_batch != 1:
         raise ValueError(
             f"packed documents lie in one row: cu_seqlens needs batch size 1, got {n_batch}; "
@@ -32,6 +28,14 @@ def document_positions(cu_seqlens: Tensor, n_batch: int, n_tokens: int) -> tuple
             f"cu_seqlens must rise strictly from 0 to the number of tokens, {n_tokens}, got {ends}; "
             "drop empty documents and end with the total length"
         )
+
+
+def document_positions(cu_seqlens: Tensor, n_batch: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Place of every token after spreading, and which places hold a token; errors as in `check_documents`.
+
+    Returns `index` [T] into the flattened [N, L] (N documents, L the longest) and `mask` [N, L], True at tokens.
+    """
+    check_documents(cu_seqlens, n_batch, n_tokens)
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens[1:].long() - starts
     longest = int(lengths.max())

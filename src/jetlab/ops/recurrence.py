@@ -1,36 +1,14 @@
-"""What every recurrence shares around its mathematics: backends, checks of its inputs, packed documents, precision."""
+"""What every recurrence shares around its mathematics: choice of a form, checks of inputs, packed documents, precision."""
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from jetlab.ops.packing import document_positions, gather, spread
+from jetlab.ops.backends import resolve_backend
+from jetlab.ops.packing import check_documents, document_positions, gather, spread
 
-BACKENDS = ("reference", "chunked", "triton", "auto")
 L2_EPS = 1e-6
-
-
-def resolve_backend(backend: str) -> str:
-    """The implementation that a call with `backend` takes: "auto" is the chunked form.
-
-    Raises ValueError for an unknown name, and ImportError for "triton" where Triton is not installed.
-    """
-    if backend == "triton":
-        require_kernels()
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; use 'auto'")
-    return "chunked" if backend == "auto" else backend
-
-
-def require_kernels() -> None:
-    """Raises ImportError if Triton, which the kernels are written in, is missing."""
-    if importlib.util.find_spec("triton") is None:
-        raise ImportError(
-            "backend='triton' needs Triton, which PyTorch brings along on Linux with CUDA and which is not installed here; "
-            "use backend='chunked'"
-        )
 
 
 def recur(
@@ -50,7 +28,9 @@ def recur(
     `options` go to every form, `chunk_size` to the chunked one alone. `kernel` gives the Triton form, which takes packed
     documents as they are, when it is called; it is None for a recurrence that has none.
     """
-    backend = resolve_backend(backend)
+    B, T, H, K = tensors["q"].shape
+    if backend != "auto" or kernel is not None:
+        backend = resolve_backend(backend, *tensors.values(), state, head_dim=K)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; leave it out for the default")
     if backend == "triton" and kernel is None:
@@ -58,11 +38,9 @@ def recur(
             "there are Triton kernels for a decay of one number per head, with the delta rule's correction or without; "
             "got another recurrence with backend='triton'; use backend='chunked'"
         )
-    packed = None
-    B, T, H, K = tensors["q"].shape
     if cu_seqlens is not None:
-        packed, mask = document_positions(cu_seqlens, B, T)
-        B = len(mask)
+        check_documents(cu_seqlens, B, T)
+        B = len(cu_seqlens) - 1
     expected = (B, H, K, tensors["v"].shape[-1])
     if state is not None:
         _check_tensor("state", state)
@@ -73,7 +51,9 @@ def recur(
         )
     if backend == "triton":
         return kernel()(**tensors, state=state, cu_seqlens=cu_seqlens, **options)
-    if packed is not None:
+    packed = None
+    if cu_seqlens is not None:
+        packed, mask = document_positions(cu_seqlens, 1, T)
         tensors = {name: x if x is None else spread(x, packed, mask) for name, x in tensors.items()}
     if backend == "reference":
         o, state = reference(*tensors.values(), state=state, **options)
