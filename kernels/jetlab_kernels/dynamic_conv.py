@@ -5,12 +5,13 @@
 
 Reference: jetlab.ops.conv.generated_conv on backend "reference". Tap W-1 meets the current token.
 
-The kernels are W times as large as the values and are read once, so they are never written: a program makes W tiles of
-them in its accumulators, weighs them with W shifted tiles of x, and stores their sum. Three kernels go back. `_values`
-makes kappa again, and with it the gradient before the activation ("inner"), which it stores for the other two, and that
-of x: a token's share in an earlier input is moved up by whole rows, so a tile of BM rows settles BM - W + 1 of them and
-the tiles overlap. `_hidden` and `_weight` are products with dkappa[t,c,j] = inner[t,c] · x[t-W+1+j,c], which they make as
-they go.
+The kernels are W times as large as the values and are read once, so they are never written. A tile of them is one product
+whose columns are BC channels at tap 0, the same channels at tap 1, and so on; x is read once for each tap into a tile of
+the same columns, the two are multiplied number by number, and the sum over taps is stored. Three kernels go back.
+`_values` makes kappa again, and with it the gradient before the activation ("inner"), which it stores for the other two,
+and that of x: a token's share in an earlier input is moved up by whole rows, so a tile of BM rows settles BM - W + 1 of
+them and the tiles overlap. `_hidden` and `_weight` are products with dkappa[t,c,j] = inner[t,c] · x[t-W+1+j,c], which they
+make as they go.
 
 Shapes: B batch, T time, C channels, W taps, R width of the generator's bottleneck; a token's place counts through all rows.
 x, y [B,T,C] · hidden [B,T,R] · weight [C·W,R] · bias [C·W] · history [S,C,W-1], inputs before each of S sequences
@@ -27,8 +28,8 @@ from jetlab_kernels.launch import check_device, check_format, dot_format, walkab
 
 # Tiles: tokens, channels, bottleneck or tokens of a step; warps; steps in flight.
 FORWARD = {"BM": 128, "BC": 64, "BR": 64, "num_warps": 8, "STAGES": 3}
-VALUES = {"BM": 128, "BC": 64, "BR": 64, "num_warps": 8, "STAGES": 2}
-HIDDEN = {"BM": 128, "BC": 64, "BR": 128, "num_warps": 8, "STAGES": 2}
+VALUES = {"BM": 128, "BC": 32, "BR": 64, "num_warps": 8, "STAGES": 3}
+HIDDEN = {"BM": 128, "BC": 32, "BR": 128, "num_warps": 8, "STAGES": 2}
 WEIGHT = {"BM": 64, "BC": 64, "BR": 128, "num_warps": 8, "STAGES": 2, "SPLIT": 4}
 
 
@@ -45,70 +46,74 @@ def _place(token, T, begin_ptr, row_ptr, n_tokens):
 
 
 @triton.jit
-def _inputs(
-    x_ptr, history_ptr, token, place, row, channel, back: tl.constexpr, x_t, n_tokens, C: tl.constexpr, W: tl.constexpr
-):
+def _columns(i_c, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, TAPS: tl.constexpr):
+    """Channel, tap and existence of each column of a tile: the BC channels at tap 0, the same at tap 1, and so on."""
+    n = tl.arange(0, TAPS * BC)
+    channel, tap = i_c + n % BC, n // BC
+    return channel, tap, (channel < C) & (tap < W)
+
+
+@triton.jit
+def _inputs(x_ptr, history_ptr, token, place, row, channel, back, inside, x_t, C: tl.constexpr, W: tl.constexpr):
     """The inputs `back` tokens before each of `token`: of the sequence, of its history, or zeros."""
-    inside = (token < n_tokens)[:, None] & (channel < C)[None, :]
-    at = (token - back).to(tl.int64)[:, None] * x_t + channel[None, :]
-    x = tl.load(x_ptr + at, mask=inside & (place >= back)[:, None], other=0.0)
-    if history_ptr is not None and back > 0:
-        at = (row * C).to(tl.int64)[:, None] * (W - 1) + channel[None, :] * (W - 1) + (place + W - 1 - back)[:, None]
-        before = (place >= 0) & (place < back)  # padding in front of a sequence has no place in it
-        past = tl.load(history_ptr + at, mask=inside & before[:, None], other=0.0)
-        x = tl.where(before[:, None], past.to(x.dtype), x)
-    return x
+    at = token.to(tl.int64)[:, None] * x_t + (channel - back * x_t)[None, :]
+    x = tl.load(x_ptr + at, mask=inside & (place[:, None] >= back[None, :]), other=0.0)
+    if history_ptr is not None:
+        before = (place >= 0)[:, None] & (place[:, None] < back[None, :])  # padding in front has no place
+        at = (row * C).to(tl.int64)[:, None] * (W - 1) + (channel * (W - 1) + W - 1 - back)[None, :] + place[:, None]
+        past = tl.load(history_ptr + at, mask=inside & before, other=0.0)
+        x = tl.where(before, past.to(x.dtype), x)
+    return x.to(tl.float32)
 
 
 @triton.jit
 def _kernels(
-    hidden_ptr, weight_ptr, bias_ptr, token, channel, h_t, n_tokens, C: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, token, channel, tap, real, h_t, n_tokens, R: tl.constexpr, W: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TAPS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """W tiles [BM,BC] of kappa in fp32."""
-    taps = ()
-    for _ in tl.static_range(W):
-        taps += (tl.zeros([BM, BC], dtype=tl.float32),)
-    real_t, real_c = token < n_tokens, channel < C
+    """kappa [BM, TAPS · BC] in fp32."""
+    kappa = tl.zeros([BM, TAPS * BC], dtype=tl.float32)
     for i_r in tl.range(0, R, BR, num_stages=STAGES):
         r = i_r + tl.arange(0, BR)
         at = token.to(tl.int64)[:, None] * h_t + r[None, :]
-        hidden = tl.load(hidden_ptr + at, mask=real_t[:, None] & (r < R)[None, :], other=0.0).to(DOT)
-        sums = ()
-        for j in tl.static_range(W):
-            at = (channel * W + j)[None, :] * R + r[:, None]
-            weight = tl.load(weight_ptr + at, mask=(r < R)[:, None] & real_c[None, :], other=0.0).to(DOT)
-            sums += (tl.dot(hidden, weight, taps[j], input_precision=PRECISION),)
-        taps = sums
-    biased = ()
-    for j in tl.static_range(W):
-        bias = tl.load(bias_ptr + channel * W + j, mask=real_c, other=0.0).to(tl.float32)
-        biased += (taps[j] + bias[None, :],)
-    return biased
+        hidden = tl.load(hidden_ptr + at, mask=(token < n_tokens)[:, None] & (r < R)[None, :], other=0.0).to(DOT)
+        at = (channel * W + tap)[None, :] * R + r[:, None]
+        weight = tl.load(weight_ptr + at, mask=(r < R)[:, None] & real[None, :], other=0.0).to(DOT)
+        kappa = tl.dot(hidden, weight, kappa, input_precision=PRECISION)
+    return kappa + tl.load(bias_ptr + channel * W + tap, mask=real, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _over_taps(x, BM: tl.constexpr, BC: tl.constexpr, TAPS: tl.constexpr):
+    """Sum over taps, [BM, TAPS · BC] to [BM, BC]."""
+    return tl.sum(tl.reshape(x, [BM, TAPS, BC]), 1)
 
 
 @triton.jit
 def _forward(
     x_ptr, hidden_ptr, weight_ptr, bias_ptr, history_ptr, begin_ptr, row_ptr, y_ptr, T, n_tokens, x_t, h_t,
     C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TAPS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y.  Grid (cdiv(C, BC), cdiv(tokens, BM)): one program owns BC channels of BM tokens."""
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+    i_c = tl.program_id(0) * BC
     token = tl.program_id(1) * BM + tl.arange(0, BM)
-    taps = _kernels(
-        hidden_ptr, weight_ptr, bias_ptr, token, channel, h_t, n_tokens, C, R, W, BM, BC, BR, DOT, PRECISION, STAGES
+    channel, tap, real = _columns(i_c, C, W, BC, TAPS)
+    kappa = _kernels(
+        hidden_ptr, weight_ptr, bias_ptr, token, channel, tap, real, h_t, n_tokens, R, W,
+        BM, BC, BR, TAPS, DOT, PRECISION, STAGES,
     )  # fmt: skip
     place, row = _place(token, T, begin_ptr, row_ptr, n_tokens)
-    y = tl.zeros([BM, BC], dtype=tl.float32)
-    for j in tl.static_range(W):
-        y += taps[j] * _inputs(x_ptr, history_ptr, token, place, row, channel, W - 1 - j, x_t, n_tokens, C, W).to(
-            tl.float32
-        )
+    inside = (token < n_tokens)[:, None] & real[None, :]
+    x = _inputs(x_ptr, history_ptr, token, place, row, channel, W - 1 - tap, inside, x_t, C, W)
+    y = _over_taps(kappa * x, BM, BC, TAPS)
     if SILU:
         y *= tl.sigmoid(y)
-    inside = (token < n_tokens)[:, None] & (channel < C)[None, :]
-    tl.store(y_ptr + token.to(tl.int64)[:, None] * C + channel[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+    c = i_c + tl.arange(0, BC)
+    inside = (token < n_tokens)[:, None] & (c < C)[None, :]
+    tl.store(y_ptr + token.to(tl.int64)[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -116,104 +121,101 @@ def _values(
     x_ptr, hidden_ptr, weight_ptr, bias_ptr, history_ptr, begin_ptr, row_ptr, dy_ptr, inner_ptr, dx_ptr,
     T, n_tokens, x_t, h_t, dy_t,
     C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SILU: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TAPS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """inner = dy · SiLU'(…) and dx.  Grid (cdiv(C, BC), cdiv(tokens, BM - W + 1)): one program owns BC channels of as
     many tokens as its rows settle, the first ones of its tile."""
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)
-    r = tl.arange(0, BM)
+    i_c, r = tl.program_id(0) * BC, tl.arange(0, BM)
     token = tl.program_id(1) * (BM - W + 1) + r
-    taps = _kernels(
-        hidden_ptr, weight_ptr, bias_ptr, token, channel, h_t, n_tokens, C, R, W, BM, BC, BR, DOT, PRECISION, STAGES
+    channel, tap, real = _columns(i_c, C, W, BC, TAPS)
+    kappa = _kernels(
+        hidden_ptr, weight_ptr, bias_ptr, token, channel, tap, real, h_t, n_tokens, R, W,
+        BM, BC, BR, TAPS, DOT, PRECISION, STAGES,
     )  # fmt: skip
-    inside = (token < n_tokens)[:, None] & (channel < C)[None, :]
     place, row = _place(token, T, begin_ptr, row_ptr, n_tokens)
-    dy = tl.load(dy_ptr + token.to(tl.int64)[:, None] * dy_t + channel[None, :], mask=inside, other=0.0)
+    back = W - 1 - tap
+    c = i_c + tl.arange(0, BC)
+    inside = (token < n_tokens)[:, None] & (c < C)[None, :]
+    dy = tl.load(dy_ptr + token.to(tl.int64)[:, None] * dy_t + c[None, :], mask=inside, other=0.0)
     inner = dy.to(tl.float32)
     if SILU:
-        y = tl.zeros([BM, BC], dtype=tl.float32)
-        for j in tl.static_range(W):
-            x = _inputs(x_ptr, history_ptr, token, place, row, channel, W - 1 - j, x_t, n_tokens, C, W)
-            y += taps[j] * x.to(tl.float32)
+        columns = (token < n_tokens)[:, None] & real[None, :]
+        x = _inputs(x_ptr, history_ptr, token, place, row, channel, back, columns, x_t, C, W)
+        y = _over_taps(kappa * x, BM, BC, TAPS)
         open_ = tl.sigmoid(y)
         inner *= open_ * (1 + y * (1 - open_))
-    dx = inner * taps[W - 1]
-    for back in tl.static_range(1, W):  # row r of x meets tap W-1-back at token r + back
-        share = tl.where((place >= back)[:, None], inner * taps[W - 1 - back], 0.0)
-        moved = tl.gather(share, tl.broadcast_to(tl.minimum(r + back, BM - 1)[:, None], [BM, BC]), 0)
-        dx += moved
+    share = kappa * tl.reshape(tl.broadcast_to(inner[:, None, :], [BM, TAPS, BC]), [BM, TAPS * BC])
+    share = tl.where((place[:, None] >= back[None, :]) & real[None, :], share, 0.0)
+    dx = _over_taps(tl.gather(share, tl.minimum(r[:, None] + tl.maximum(back, 0)[None, :], BM - 1), 0), BM, BC, TAPS)
     settled = inside & (r < BM - W + 1)[:, None]
-    at = token.to(tl.int64)[:, None] * C + channel[None, :]
+    at = token.to(tl.int64)[:, None] * C + c[None, :]
     tl.store(inner_ptr + at, inner.to(inner_ptr.dtype.element_ty), mask=settled)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=settled)
+
+
+@triton.jit
+def _dkappa(
+    x_ptr, inner_ptr, history_ptr, token, place, row, channel, tap, inside, x_t, C: tl.constexpr, W: tl.constexpr
+):
+    """Gradient of kappa: inner · x, [tokens, TAPS · BC]."""
+    at = token.to(tl.int64)[:, None] * C + channel[None, :]
+    inner = tl.load(inner_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return inner * _inputs(x_ptr, history_ptr, token, place, row, channel, W - 1 - tap, inside, x_t, C, W)
 
 
 @triton.jit
 def _hidden(
     x_ptr, weight_ptr, history_ptr, begin_ptr, row_ptr, inner_ptr, dhidden_ptr, T, n_tokens, x_t,
     C: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TAPS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dhidden[t,r] = Σ_cj dkappa[t,c,j] · weight[c·W+j,r].  Grid (cdiv(R, BR), cdiv(tokens, BM)): one program owns BR units
     of BM tokens."""
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     token = tl.program_id(1) * BM + tl.arange(0, BM)
     place, row = _place(token, T, begin_ptr, row_ptr, n_tokens)
-    real_t, real_r = token < n_tokens, r < R
     dhidden = tl.zeros([BM, BR], dtype=tl.float32)
     for i_c in tl.range(0, C, BC, num_stages=STAGES):
-        channel = i_c + tl.arange(0, BC)
-        inside = real_t[:, None] & (channel < C)[None, :]
-        inner = tl.load(inner_ptr + token.to(tl.int64)[:, None] * C + channel[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
-        for j in tl.static_range(W):
-            x = _inputs(x_ptr, history_ptr, token, place, row, channel, W - 1 - j, x_t, n_tokens, C, W).to(tl.float32)
-            at = (channel * W + j)[:, None] * R + r[None, :]
-            weight = tl.load(weight_ptr + at, mask=(channel < C)[:, None] & real_r[None, :], other=0.0).to(DOT)
-            dhidden = tl.dot((inner * x).to(DOT), weight, dhidden, input_precision=PRECISION)
+        channel, tap, real = _columns(i_c, C, W, BC, TAPS)
+        inside = (token < n_tokens)[:, None] & real[None, :]
+        dkappa = _dkappa(x_ptr, inner_ptr, history_ptr, token, place, row, channel, tap, inside, x_t, C, W)
+        at = (channel * W + tap)[:, None] * R + r[None, :]
+        weight = tl.load(weight_ptr + at, mask=real[:, None] & (r < R)[None, :], other=0.0).to(DOT)
+        dhidden = tl.dot(dkappa.to(DOT), weight, dhidden, input_precision=PRECISION)
     at = token.to(tl.int64)[:, None] * R + r[None, :]
-    tl.store(dhidden_ptr + at, dhidden.to(dhidden_ptr.dtype.element_ty), mask=real_t[:, None] & real_r[None, :])
+    inside = (token < n_tokens)[:, None] & (r < R)[None, :]
+    tl.store(dhidden_ptr + at, dhidden.to(dhidden_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _weight(
     x_ptr, hidden_ptr, history_ptr, begin_ptr, row_ptr, inner_ptr, dweight_ptr, dbias_ptr, T, n_tokens, x_t, h_t,
     C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, TAPS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dweight[c·W+j,r] = Σ_t dkappa[t,c,j] · hidden[t,r] and dbias, of every SPLIT-th step of BM tokens.  Grid (cdiv(R, BR),
     cdiv(C, BC), SPLIT): one program owns BR units of BC channels; the SPLIT sums are added afterwards."""
-    i_r, i_split = tl.program_id(0), tl.program_id(2)
-    r = i_r * BR + tl.arange(0, BR)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    real_r, real_c = r < R, channel < C
-    sums, biases = (), ()
-    for _ in tl.static_range(W):
-        sums += (tl.zeros([BR, BC], dtype=tl.float32),)
-        biases += (tl.zeros([BC], dtype=tl.float32),)
+    i_split = tl.program_id(2)
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    channel, tap, real = _columns(tl.program_id(1) * BC, C, W, BC, TAPS)
+    dweight = tl.zeros([BR, TAPS * BC], dtype=tl.float32)
+    dbias = tl.zeros([TAPS * BC], dtype=tl.float32)
     for i_t in tl.range(i_split * BM, n_tokens, SPLIT * BM, num_stages=STAGES):
         token = i_t + tl.arange(0, BM)
         real_t = token < n_tokens
         place, row = _place(token, T, begin_ptr, row_ptr, n_tokens)
-        at = token.to(tl.int64)
-        inner = tl.load(
-            inner_ptr + at[:, None] * C + channel[None, :], mask=real_t[:, None] & real_c[None, :], other=0.0
-        )
-        hidden = tl.load(hidden_ptr + at[:, None] * h_t + r[None, :], mask=real_t[:, None] & real_r[None, :], other=0.0)
-        hidden = tl.trans(hidden.to(DOT))
-        more, more_biases = (), ()
-        for j in tl.static_range(W):
-            x = _inputs(x_ptr, history_ptr, token, place, row, channel, W - 1 - j, x_t, n_tokens, C, W)
-            dkappa = inner.to(tl.float32) * x.to(tl.float32)
-            more += (tl.dot(hidden, dkappa.to(DOT), sums[j], input_precision=PRECISION),)
-            more_biases += (biases[j] + tl.sum(dkappa, 0),)
-        sums, biases = more, more_biases
-    for j in tl.static_range(W):
-        at = i_split * C * W + channel * W + j
-        mask = real_r[:, None] & real_c[None, :]
-        tl.store(dweight_ptr + at.to(tl.int64)[None, :] * R + r[:, None], sums[j], mask=mask)
-        tl.store(dbias_ptr + at, biases[j], mask=real_c & (i_r == 0))
+        inside = real_t[:, None] & real[None, :]
+        dkappa = _dkappa(x_ptr, inner_ptr, history_ptr, token, place, row, channel, tap, inside, x_t, C, W)
+        at = token.to(tl.int64)[:, None] * h_t + r[None, :]
+        hidden = tl.load(hidden_ptr + at, mask=real_t[:, None] & (r < R)[None, :], other=0.0).to(DOT)
+        dweight = tl.dot(tl.trans(hidden), dkappa.to(DOT), dweight, input_precision=PRECISION)
+        dbias += tl.sum(dkappa, 0)
+    at = (i_split * C * W + channel * W + tap).to(tl.int64)
+    tl.store(dweight_ptr + at[None, :] * R + r[:, None], dweight, mask=(r < R)[:, None] & real[None, :])
+    tl.store(dbias_ptr + at, dbias, mask=real & (tl.program_id(0) == 0))
 
 
 def _tiles(tiles: dict, C: int, R: int, W: int, dtype: torch.dtype) -> dict:
@@ -222,6 +224,7 @@ def _tiles(tiles: dict, C: int, R: int, W: int, dtype: torch.dtype) -> dict:
     return tiles | {
         "BC": min(tiles["BC"] >> halves, _power_of_two(C)),
         "BR": min(tiles["BR"], _power_of_two(R)),
+        "TAPS": triton.next_power_of_2(W),
         "STAGES": 1 if dtype == torch.float32 else tiles["STAGES"],
     }
 
