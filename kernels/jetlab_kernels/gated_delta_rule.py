@@ -41,11 +41,11 @@ from jetlab_kernels.launch import check_device, check_format, dot_format, token_
 from jetlab_kernels.unit_lower import SIDE, invert
 
 CHUNK = SIDE
-# Value channels that a program owns (of _gradients: takes at a time), chunks in flight, warps.
-SCAN = {"BV": 64, "STAGES": 2, "num_warps": 4}
-SCAN_BACK = {"BV": 64, "STAGES": 2, "num_warps": 4}
-SCAN_LARGE = {"BV": 32, "STAGES": 1, "num_warps": 8}  # K > 128, or fp32
-GRADIENTS = {"BV": 32, "num_warps": 8, "num_stages": 1}
+# Value channels that a program owns (of _gradients: takes at a time), depth of prefetching, warps.
+SCAN = {"BV": 32, "STAGES": 3, "num_warps": 4}
+SCAN_BACK = {"BV": 32, "STAGES": 3, "num_warps": 4}
+SCAN_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 4}  # K > 128, or fp32
+GRADIENTS = {"BV": 64, "STAGES": 2, "num_warps": 8}
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 # exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
 LOWEST_LOG_DECAY: tl.constexpr = tl.constexpr(-50.0)
@@ -256,86 +256,92 @@ def _gradients(
     dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, owner_ptr, first_ptr, cu_ptr,
     T, q_t, q_h, k_t, k_h, v_t, v_h, do_t, do_h, scale,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, k, g, and with beta of v and beta, from both states of a chunk.  Grid (N, H): one program owns one
     chunk of one head and all its channels, because the norms' gradients sum over K and those of g and beta over V too.
 
-    G_t collects what each factor e^{G_t - G_s} meets: + for the row that reads, - for the row that is read. With
-    B = dA ∘ A and D = -beta dL ∘ (K K^T ∘ Γ) of all pairs inside the chunk, dL = dY X^T below the diagonal:
+    The loop over V is products alone, with factors as they lie in memory: whatever scales their rows is behind it.
 
-        dG_t = Σ_s (B + D)_ts - Σ_s (B + D)_st + do_t·(scale e^G Q h)_t - beta dY_t·(e^G K h)_t - x_t·(e^{G_C-G} K dh')_t
-        dG_C += e^{G_C} <h, dh'> + Σ_t x_t·(e^{G_C-G} K dh')_t
+    G_t collects what each factor e^{G_t - G_s} meets: + for the row that reads, - for the row that is read. With
+    B = dA ∘ A and D = -beta dL ∘ (K K^T ∘ Γ) of all pairs inside the chunk, dL = dY X^T below the diagonal, what a key
+    reads R = e^G dY h^T and what it writes E = e^{G_C-G} X dh'^T:
+
+        dG_t = Σ_s (B + D)_ts - Σ_s (B + D)_st + q_t·(scale e^G dO h^T)_t - beta k_t·R_t - k_t·E_t
+        dG_C += e^{G_C} <h, dh'> + Σ_t k_t·E_t
 
     Each of these sums of one sign reappears with the other, from the same fp32 numbers: what must cancel in the sums of
-    dG that make dg, does. Then dbeta = dY·(v - e^G K h) - Σ_s (dL ∘ K K^T ∘ Γ)_ts.
+    dG that make dg, does. Then dbeta = dY·v - k·R - Σ_s (dL ∘ K K^T ∘ Γ)_ts.
     """
     i_n, i_h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token, n = _chunk(i_n, T, owner_ptr, first_ptr, cu_ptr, C, PACKED)
     block = i_n * H + i_h
     t = tl.arange(0, C)
-    G, q_norm, k_norm, beta, end = _row_factors(rows_ptr + block * 4 * C, C)
-    from_start, to_end = tl.exp(G) * k_norm, tl.exp(end - G) * k_norm
-    q = _tile(q_ptr + token * q_t + i_h * q_h, n, q_t, 0, K, C, BK).to(DOT)
-    k = _tile(k_ptr + token * k_t + i_h * k_h, n, k_t, 0, K, C, BK).to(DOT)
-
     da, dl = tl.zeros([C, C], dtype=tl.float32), tl.zeros([C, C], dtype=tl.float32)
-    dq, dk = tl.zeros([C, BK], dtype=tl.float32), tl.zeros([C, BK], dtype=tl.float32)
-    dbeta, held, faded = (
-        tl.zeros([C], dtype=tl.float32),
-        tl.zeros([C], dtype=tl.float32),
-        tl.zeros([C], dtype=tl.float32),
+    dq, written, read = (
+        tl.zeros([C, BK], dtype=tl.float32),
+        tl.zeros([C, BK], dtype=tl.float32),
+        tl.zeros([C, BK], dtype=tl.float32),
     )
-    kept = tl.zeros([BV], dtype=tl.float32)
-    for i_v in range(0, V, BV):
+    dbeta, kept = tl.zeros([C], dtype=tl.float32), tl.zeros([BK], dtype=tl.float32)
+    for i_v in tl.range(0, V, BV, num_stages=STAGES):
         do = _tile(do_ptr + token * do_t + i_h * do_h, n, do_t, i_v, V, C, BV).to(DOT)
         h = _tile(h_ptr + block * K * V, K, V, i_v, V, BK, BV).to(DOT)
         dh = _tile(dh_ptr + block * K * V, K, V, i_v, V, BK, BV).to(DOT)
-        v = _tile(v_ptr + token * v_t + i_h * v_h, n, v_t, i_v, V, C, BV)
         if x_ptr is not None:
             x = _tile(x_ptr + block * C * V, C, V, i_v, V, C, BV).to(DOT)
             dy = _tile(dy_ptr + block * C * V, C, V, i_v, V, C, BV).to(DOT)
-            wide = dy.to(tl.float32)
-            _put_tile(dv_ptr + (token * H + i_h) * V, wide * beta[:, None], n, H * V, i_v, V, C, BV)
-            dbeta += tl.sum(wide * v.to(tl.float32), 1)
-            held += tl.sum(wide * tl.dot(k, h, input_precision=PRECISION), 1)
             dl = tl.dot(dy, tl.trans(x), dl, input_precision=PRECISION)
-            read = (wide * (-beta * from_start)[:, None]).to(DOT)
-            dk = tl.dot(read, tl.trans(h), dk, input_precision=PRECISION)
+            read = tl.dot(dy, tl.trans(h), read, input_precision=PRECISION)
         else:
-            x = v.to(DOT)
+            x = _tile(v_ptr + token * v_t + i_h * v_h, n, v_t, i_v, V, C, BV).to(DOT)
         da = tl.dot(do, tl.trans(x), da, input_precision=PRECISION)
         dq = tl.dot(do, tl.trans(h), dq, input_precision=PRECISION)
-        write = x.to(tl.float32) * to_end[:, None]
-        dk = tl.dot(write.to(DOT), tl.trans(dh), dk, input_precision=PRECISION)
-        faded += tl.sum(write * tl.dot(k, dh, input_precision=PRECISION), 1)
-        kept += tl.sum(h.to(tl.float32) * dh.to(tl.float32), 0)
+        written = tl.dot(x, tl.trans(dh), written, input_precision=PRECISION)
+        kept += tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1)
+        if x_ptr is not None:
+            v = _tile(v_ptr + token * v_t + i_h * v_h, n, v_t, i_v, V, C, BV).to(tl.float32)
+            wide = dy.to(tl.float32)
+            dbeta += tl.sum(wide * v, 1)
+            beta = tl.load(rows_ptr + (block * 4 + 3) * C + t)
+            _put_tile(dv_ptr + (token * H + i_h) * V, wide * beta[:, None], n, H * V, i_v, V, C, BV)
 
+    G, q_norm, k_norm, beta, end = _row_factors(rows_ptr + block * 4 * C, C)
+    q = _tile(q_ptr + token * q_t + i_h * q_h, n, q_t, 0, K, C, BK).to(DOT)
+    k = _tile(k_ptr + token * k_t + i_h * k_h, n, k_t, 0, K, C, BK).to(DOT)
     gamma = _decay(G, C) * k_norm[None, :]
-    dq = dq * (scale * tl.exp(G) * q_norm)[:, None]
-    dG = tl.sum(q.to(tl.float32) * dq, 1) - faded
-    da = da * gamma * (scale * q_norm)[:, None]
+    wide = q.to(tl.float32)
+    dq *= (scale * tl.exp(G) * q_norm)[:, None]
+    dG = tl.sum(wide * dq, 1)
+    da *= gamma * (scale * q_norm)[:, None]
     pairs = da * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dG += tl.sum(pairs, 1) - tl.sum(pairs, 0)
     dq = tl.dot(da.to(DOT), k, dq, input_precision=PRECISION)
-    dk = tl.dot(tl.trans(da.to(DOT)), q, dk, input_precision=PRECISION)
+    if NORM:
+        dq -= wide * (tl.sum(wide * dq, 1) * q_norm * q_norm)[:, None]
+    _put_tile(dq_ptr + (token * H + i_h) * K, dq, n, H * K, 0, K, C, BK)
+
+    wide = k.to(tl.float32)
+    written *= (tl.exp(end - G) * k_norm)[:, None]
+    faded = tl.sum(wide * written, 1)
+    dG += tl.where(t == C - 1, tl.sum(kept, 0) * tl.exp(end) + tl.sum(faded, 0), 0.0) - faded
+    dk = tl.dot(tl.trans(da.to(DOT)), q, written, input_precision=PRECISION)
     if x_ptr is not None:
-        held *= from_start
+        read *= (tl.exp(G) * k_norm)[:, None]
+        held = tl.sum(wide * read, 1)
+        dk -= read * beta[:, None]
         dl = tl.where(t[:, None] > t[None, :], dl, 0.0) * gamma * k_norm[:, None]
-        later = dl * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        tl.store(dbeta_ptr + (token + t) * H + i_h, dbeta - held - tl.sum(later, 1), mask=t < n)
-        dG -= beta * held
-        pairs -= beta[:, None] * later
+        pairs = dl * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        later = tl.sum(pairs, 1)
+        tl.store(dbeta_ptr + (token + t) * H + i_h, dbeta - held - later, mask=t < n)
+        dG -= beta * (held + later) - tl.sum(beta[:, None] * pairs, 0)
         dl = (dl * -beta[:, None]).to(DOT)
         dk = tl.dot(dl, k, dk, input_precision=PRECISION)
         dk = tl.dot(tl.trans(dl), k, dk, input_precision=PRECISION)
     if dg_ptr is not None:
-        dG += tl.sum(pairs, 1) - tl.sum(pairs, 0)
-        dG += tl.where(t == C - 1, tl.sum(kept, 0) * tl.exp(end) + tl.sum(faded, 0), 0.0)
         tl.store(dg_ptr + (token + t) * H + i_h, tl.cumsum(dG, 0, reverse=True), mask=t < n)
     if NORM:
-        dq -= q.to(tl.float32) * (tl.sum(q.to(tl.float32) * dq, 1) * q_norm * q_norm)[:, None]
-        dk -= k.to(tl.float32) * (tl.sum(k.to(tl.float32) * dk, 1) * k_norm * k_norm)[:, None]
-    _put_tile(dq_ptr + (token * H + i_h) * K, dq, n, H * K, 0, K, C, BK)
+        dk -= wide * (tl.sum(wide * dk, 1) * k_norm * k_norm)[:, None]
     _put_tile(dk_ptr + (token * H + i_h) * K, dk, n, H * K, 0, K, C, BK)
 
 

@@ -1,4 +1,4 @@
-"""House style and the pictures of the study: curve, bars, heat maps, strip of layers.
+"""House style and the pictures of the study: curve, bars, heat maps, strip of layers, roofline.
 
 Every axis has a label, every numeric axis its unit in brackets ("loss [nats/token]", "layer [index]"). A block or a
 placement has the same colour in every figure; colours stay apart for colour-blind readers, and lines differ in their
@@ -17,7 +17,9 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.figure
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.transforms import Bbox
 from PIL import Image  # matplotlib needs it for every PNG and so installs it
 
 from jetlab.paths import replacing
@@ -44,6 +46,12 @@ PLACEMENT_COLOURS = {
     "all_linear": "#56b4e9",
     "teacher": "#000000",
     "exhaustive": "#009e73",
+}
+OP_COLOURS = {  # an operation of one block takes the block's; the step of a JetBlock must differ from the whole of it
+    "gated_delta_rule": LAYER_COLOURS["gated_deltanet"],
+    "gated_linear_attention": LAYER_COLOURS["mamba2"],
+    "dynamic_conv": "#997700",
+    "jetblock_step": "#4477aa",
 }
 OTHER_COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#997700", "#66ccee")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
@@ -95,8 +103,8 @@ def figure(n_rows: int = 1, n_cols: int = 1, *, width: float = 7.5, height: floa
 
 
 def colour(name: str, position: int = 0) -> str:
-    """The fixed colour of a block, layer kind or placement; other names take the one at `position` of a third list."""
-    return (LAYER_COLOURS | PLACEMENT_COLOURS).get(name) or OTHER_COLOURS[position % len(OTHER_COLOURS)]
+    """The fixed colour of a block, placement or operation; other names take the one at `position` of a list of their own."""
+    return (LAYER_COLOURS | PLACEMENT_COLOURS | OP_COLOURS).get(name) or OTHER_COLOURS[position % len(OTHER_COLOURS)]
 
 
 def save(fig: matplotlib.figure.Figure, path: str | os.PathLike) -> None:
@@ -467,6 +475,126 @@ def strip(
     for spine in ax.spines.values():
         spine.set_visible(False)
     return fig
+
+
+def roofline(kernels, bytes_per_s: float, flops_per_s: float, *, title: str = ""):
+    """How near operations come to a machine's two ceilings: TFLOP/s over operations per byte that must move.
+
+    `kernels` has the columns of benchmarks/kernels.py: op, pass, shape, dtype, ms, peer, peer_ms, flops, bytes; a row for
+    each peer. The roof is min(`bytes_per_s` · x, `flops_per_s`): below its slope memory is the limit, below its level the
+    products. Filled dots are ours; hollow ones on a line with them are the peers, for the same operations in another time.
+    Passes that go back have a panel of their own. Left out are rows with `flops` 0, which have no place on a logarithmic
+    axis (gated_rms_norm has no products), and rows without `ms` (an error above its bound). Returns the Figure.
+    Raises ValueError if no row is left.
+    """
+    rows = [row for row in _rows(kernels) if row["flops"] > 0 and _given(row["ms"])]
+    if not rows:
+        raise ValueError("a roofline needs a row with flops above 0 and with ms, got none; did every check fail?")
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    markers = dict(zip(dict.fromkeys(["ours", *(row["peer"] for row in rows)]), MARKERS, strict=False))
+    panels = [own for back in (False, True) if (own := [row for row in rows if ("backward" in row["pass"]) == back])]
+    fig, axes = figure(1, len(panels), width=6.2 * len(panels), height=5.0, squeeze=False)
+    labels = {"x_label": "operations per byte [FLOP/B]", "y_label": "speed [TFLOP/s]"}
+    clouds = {}
+    for ax, own in zip(axes.flat, panels, strict=True):
+        _axes(ax, **labels, title=", ".join(dict.fromkeys(row["pass"] for row in own)))
+        ax.set(xscale="log", yscale="log")
+        _roof(ax, [row["flops"] / row["bytes"] for row in own], bytes_per_s, flops_per_s)
+        clouds[ax] = {}
+        for op in dict.fromkeys(row["op"] for row in own):
+            shade = colour(op, ops.index(op))
+            clouds[ax][op] = shade, _speeds(ax, [row for row in own if row["op"] == op], markers, shade)
+        ax.set_ylim(min(y for _, cloud in clouds[ax].values() for _, y in cloud) / 2.5, 2 * flops_per_s / 1e12)
+    handles = [
+        Line2D(
+            [], [], color="#444444", marker=marker, linestyle="", markerfacecolor=None if name == "ours" else "white"
+        )
+        for name, marker in markers.items()
+    ]
+    fig.legend(handles, list(markers), loc="outside lower center", ncols=len(markers))
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
+    for ax, named in clouds.items():
+        _names(ax, named)
+    return fig
+
+
+def _roof(ax, intensities: Sequence[float], bytes_per_s: float, flops_per_s: float) -> None:
+    """min(`bytes_per_s` · x, `flops_per_s`) in TFLOP/s with its two values, over all `intensities` and its ridge."""
+    ridge = flops_per_s / bytes_per_s
+    low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 3
+    xs = np.array([low, ridge, high])
+    ax.plot(
+        xs, np.minimum(bytes_per_s * xs, flops_per_s) / 1e12, color="#666666", linewidth=1.4, label="roof", zorder=1
+    )
+    ax.set_xlim(low, high)
+    style = {"textcoords": "offset points", "color": "#666666", "fontsize": 9, "rotation_mode": "anchor"}
+    level = f"{flops_per_s / 1e12:.0f} TFLOP/s, a product"
+    ax.annotate(level, (high, flops_per_s / 1e12), xytext=(0, 4), ha="right", **style)
+    slope, gradient, start = f"{bytes_per_s / 1e12:.2f} TB/s, a copy", bytes_per_s / 1e12, 1.15 * low
+    style |= {"rotation": np.degrees(np.arctan(gradient)), "transform_rotates_text": True}  # as steep as the line
+    ax.annotate(slope, (start, start * gradient), xytext=(-2, 4), **style)
+
+
+def _speeds(ax, rows: Sequence[Mapping[str, Any]], markers: Mapping[str, str], shade: str) -> list[tuple[float, float]]:
+    """Draw the dots of one operation, ours over the peers' and a line through those of one case; returns all dots."""
+    sides: dict[str, dict] = {name: {} for name in markers}
+    for row in rows:
+        case = tuple(row[name] for name in ("pass", "shape", "dtype"))
+        x = row["flops"] / row["bytes"]
+        sides["ours"][case] = (x, row["flops"] / row["ms"] / 1e9)
+        if _given(row["peer_ms"]):
+            sides[row["peer"]][case] = (x, row["flops"] / row["peer_ms"] / 1e9)
+    for case, (x, _) in sides["ours"].items():
+        ys = [own[case][1] for own in sides.values() if case in own]
+        ax.vlines(x, min(ys), max(ys), color=shade, linewidth=0.9, zorder=2)
+    for name, own in sides.items():
+        if own:
+            ours = {"markerfacecolor": shade, "markeredgecolor": "white", "markeredgewidth": 0.6, "markersize": 7}
+            hollow = {"markerfacecolor": "white", "markeredgecolor": shade, "markersize": 5.5, "markeredgewidth": 1.2}
+            style = ours if name == "ours" else hollow
+            label = f"{rows[0]['op']}, {name}"
+            ax.plot(
+                *zip(*own.values(), strict=True), markers[name], **style, label=label, zorder=4 if name == "ours" else 3
+            )
+    return [point for own in sides.values() for point in own.values()]
+
+
+def _names(ax, clouds: Mapping[str, tuple[str, Sequence[tuple[float, float]]]]) -> None:
+    """Each name, in its colour, beside one of its dots where it covers no dot, no line and no other text.
+
+    Taken is the first place that covers least, from the nearest to the dots and from the lowest dot up. The limits of the
+    axes must stand.
+    """
+    ax.get_figure().draw_without_rendering()  # places on paper are known only after the layout
+    texts = [text.get_window_extent() for text in ax.texts]
+    lines = [ax.transData.transform(line.get_xydata()) for line in ax.lines if line.get_linestyle() != "None"]
+    lines += [ax.transData.transform(segment) for lot in ax.collections for segment in lot.get_segments()]
+    along = [
+        start + (end - start) * t for line in lines for start, end in pairwise(line) for t in np.linspace(0, 1, 200)
+    ]
+    dots = ax.transData.transform([point for _, cloud in clouds.values() for point in cloud])
+    aligned = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
+    ways = [(0, -1), (1, 0), (-1, 0), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)]
+    for name, (shade, cloud) in clouds.items():
+        text = ax.annotate(
+            name.replace("_", " "), cloud[0], (0, 0), textcoords="offset points", color=shade, fontsize=10
+        )
+
+        def put(place, text=text) -> Bbox:
+            away, text.xy, (right, up) = place
+            text.set(position=(away * right, away * up), ha=aligned[right][0], va=aligned[up][1])
+            return text.get_window_extent()
+
+        def covered(place) -> float:
+            box = put(place)
+            outside = not (ax.bbox.contains(*box.min) and ax.bbox.contains(*box.max))
+            hidden = box.padded(6).count_contains(dots) + box.padded(2).count_contains(along) / 10
+            return hidden + 100 * (outside + box.count_overlaps(texts))
+
+        lowest_first = sorted(cloud, key=lambda dot: dot[1])
+        places = [(away, dot, way) for away in (8, 20) for dot in lowest_first for way in ways]
+        texts.append(put(min(places, key=covered)))
 
 
 def _axes(ax, x_label: str, y_label: str, title: str, *, categories: str = "", height: float = 3.8):
