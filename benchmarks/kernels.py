@@ -456,6 +456,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "ptxas": triton.knobs.nvidia.ptxas.version,
         "flash_linear_attention": __import__("fla").__version__ if fla else None,
     } | {name: float(f"{value:.4g}") for name, value in ceiling.items()}
     (arguments.out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")

@@ -39,19 +39,12 @@ def settings(**choices: tuple) -> list[dict]:
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
-SCANS = [
-    {"BV": BV, "STAGES": stages, "num_warps": warps}
-    for BV, stages, warps in (
-        (64, 2, 4),
-        (64, 1, 4),
-        (64, 2, 8),
-        (32, 1, 4),
-        (32, 2, 4),
-        (16, 2, 4),
-        (128, 1, 8),
-        (128, 2, 8),
-    )
-]
+def tiles(names: str, *choices: tuple) -> list[dict]:
+    return [dict(zip(names.split(), choice, strict=True)) for choice in choices]
+
+
+SCANS = tiles("BV STAGES num_warps", (32, 3, 4), (32, 2, 4), (64, 3, 4), (64, 2, 4), (64, 1, 4), (128, 2, 8))
+CONV = "BM BC BR STAGES num_warps"
 # Name: where the setting stands, what to try, the cases, and whether the call goes back too.
 KERNELS: dict[str, tuple] = {
     "scan": (gated_delta_rule, "SCAN", SCANS, ["delta", "long", "attention"], False),
@@ -59,89 +52,58 @@ KERNELS: dict[str, tuple] = {
     "scan_large": (
         gated_delta_rule,
         "SCAN_LARGE",
-        settings(BV=(16, 32), STAGES=(1, 2), num_warps=(4, 8)),
+        tiles("BV STAGES num_warps", (32, 2, 4), (32, 1, 4), (64, 2, 8), (64, 1, 8), (16, 2, 4)),
         ["wide"],
         False,
     ),
     "gradients": (
         gated_delta_rule,
         "GRADIENTS",
-        settings(BV=(16, 32, 64), num_warps=(4, 8), num_stages=(1,)),
-        ["delta", "wide", "attention"],
+        tiles("BV STAGES num_warps", (64, 3, 8), (64, 2, 8), (32, 4, 8), (32, 3, 8), (64, 2, 4)),
+        ["delta", "attention"],
+        True,
+    ),
+    "gradients_large": (
+        gated_delta_rule,
+        "GRADIENTS_LARGE",
+        tiles("BV STAGES num_warps", (32, 2, 8), (32, 3, 8), (64, 2, 8)),
+        ["wide"],
         True,
     ),
     "forward": (
         dynamic_conv,
         "FORWARD",
-        [
-            {"BM": BM, "BC": BC, "BR": BR, "STAGES": stages, "num_warps": warps}
-            for BM, BC, BR, stages, warps in (
-                (128, 64, 64, 3, 8),
-                (128, 64, 32, 4, 8),
-                (128, 64, 64, 2, 8),
-                (128, 32, 64, 3, 8),
-                (128, 32, 64, 3, 4),
-                (256, 32, 64, 3, 8),
-                (64, 64, 64, 3, 4),
-                (64, 32, 64, 3, 4),
-            )
-        ],
+        tiles(
+            CONV, (128, 64, 64, 3, 8), (128, 64, 64, 2, 8), (128, 64, 32, 4, 8), (128, 32, 64, 3, 4), (64, 32, 64, 3, 4)
+        ),
         ["conv"],
         False,
     ),
     "values": (
         dynamic_conv,
         "VALUES",
-        [
-            {"BM": BM, "BC": BC, "BR": BR, "STAGES": stages, "num_warps": warps}
-            for BM, BC, BR, stages, warps in (
-                (128, 32, 64, 3, 8),
-                (128, 32, 64, 3, 4),
-                (128, 32, 32, 4, 8),
-                (64, 32, 64, 3, 4),
-                (64, 64, 64, 3, 8),
-                (128, 16, 64, 3, 4),
-                (256, 16, 64, 3, 8),
-            )
-        ],
+        tiles(CONV, (128, 64, 64, 3, 8), (128, 64, 64, 2, 8), (128, 32, 64, 3, 4), (64, 32, 64, 3, 4)),
         ["conv"],
         True,
     ),
     "hidden": (
         dynamic_conv,
         "HIDDEN",
-        [
-            {"BM": BM, "BC": BC, "BR": BR, "STAGES": stages, "num_warps": warps}
-            for BM, BC, BR, stages, warps in (
-                (128, 32, 128, 2, 8),
-                (128, 32, 128, 3, 8),
-                (128, 16, 128, 3, 8),
-                (128, 16, 128, 3, 4),
-                (64, 32, 128, 2, 4),
-                (128, 64, 128, 1, 8),
-                (128, 16, 256, 3, 8),
-                (256, 16, 128, 3, 8),
-            )
-        ],
+        tiles(CONV, (128, 32, 128, 3, 8), (128, 32, 128, 2, 8), (128, 64, 128, 2, 8), (128, 16, 256, 3, 8)),
         ["conv"],
         True,
     ),
     "weight": (
         dynamic_conv,
         "WEIGHT",
-        [
-            {"BM": BM, "BC": BC, "BR": BR, "STAGES": stages, "num_warps": warps, "SPLIT": split}
-            for BM, BC, BR, stages, warps, split in (
-                (64, 64, 128, 2, 8, 4),
-                (64, 64, 128, 3, 8, 4),
-                (64, 64, 128, 2, 8, 2),
-                (64, 64, 128, 2, 8, 8),
-                (128, 64, 128, 2, 8, 4),
-                (64, 32, 128, 3, 4, 4),
-                (64, 32, 128, 3, 8, 4),
-                (128, 32, 128, 2, 8, 4),
-            )
-        ],
+        tiles(
+            CONV + " SPLIT",
+            (64, 64, 128, 3, 8, 4),
+            (64, 64, 128, 3, 8, 2),
+            (64, 64, 128, 3, 8, 8),
+            (64, 32, 128, 3, 4, 4),
+            (128, 32, 128, 3, 8, 4),
+        ),
         ["conv"],
         True,
     ),
@@ -199,7 +161,7 @@ def tune_step(repeats: int) -> list[dict]:
         for B in (1, 16, 128, 256):
             n_sets = max(2, int(2e8 // (B * H * K * V * state_dtype.itemsize)))
             sets = [step_inputs(B, H, K, V, W, state_dtype, seed) for seed in range(n_sets)]
-            for setting in settings(BV=(32, 64, 128, 256), num_warps=(4, 8)):
+            for setting in settings(BV=(32, 64, 128, 256), num_warps=(2, 4)):
                 with mock.patch.dict(jetblock_step.MANY, setting), mock.patch.dict(jetblock_step.FEW, setting):
                     for x in sets[:2]:
                         step("triton", **x)

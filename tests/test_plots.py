@@ -25,6 +25,8 @@ figures = {
                                value_label="importance [nats]"),
     "heat_maps": plots.heat_maps({"gla": [[1, 2]], "retnet": [[3, 4]], "deltanet": [[5, 6]]}, [0, 1], ["a"],
                                  x_label="token", y_label="key", value_label="value read [1]"),
+    "roofline": plots.roofline([{"op": "jetblock", "pass": "forward", "shape": "1x2", "dtype": "bf16", "ms": 0.5,
+                                 "peer": "pytorch", "peer_ms": 2.0, "flops": 3e11, "bytes": 1e8}], 3e12, 7e14),
     "strip": plots.strip({"found": ["jetblock", "attention"], "uniform": ["attention", "jetblock"]}),
 }
 for name, figure in figures.items():
@@ -38,7 +40,7 @@ def test_two_processes_write_the_same_bytes_and_nothing_else(tmp_path):
         (tmp_path / folder).mkdir()
         subprocess.run([sys.executable, "-c", ALL_PLOTS, str(tmp_path / folder)], check=True)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    drawn = "bars bubbles curve dots heat_map heat_maps intervals strip waterfall".split()
+    drawn = "bars bubbles curve dots heat_map heat_maps intervals roofline strip waterfall".split()
     assert files == sorted(f"{name}.{kind}" for name in drawn for kind in ("svg", "png"))
     for name in files:
         content = (tmp_path / "a" / name).read_bytes()
@@ -97,7 +99,7 @@ def test_heat_maps_side_by_side_share_their_colours_and_leave_no_empty_frame():
 
 
 def test_each_block_and_placement_has_a_colour_of_its_own():
-    for palette in (plots.LAYER_COLOURS, plots.PLACEMENT_COLOURS):
+    for palette in (plots.LAYER_COLOURS, plots.PLACEMENT_COLOURS, plots.OP_COLOURS):
         assert len(set(palette.values())) == len(palette)
     assert plots.colour("jetblock", 3) == plots.LAYER_COLOURS["jetblock"]
     assert plots.colour("something else", 7) == plots.OTHER_COLOURS[1]
@@ -128,3 +130,66 @@ def test_intervals_leave_out_what_is_not_known():
     assert len(dots.lines[0].get_xdata()) == 1
     with pytest.raises(ValueError, match="each dot needs a label, got 1 labels and 2 values"):
         plots.intervals(["math"], {"": [0.1, 0.2]}, x_label="gap [accuracy]", y_label="task")
+
+
+def kernels(op, passes, ms, peers, flops, n_bytes, shape="1x2"):
+    """Rows as benchmarks/kernels.py writes them, one a peer."""
+    case = {"op": op, "pass": passes, "shape": shape, "dtype": "bfloat16", "ms": ms, "flops": flops, "bytes": n_bytes}
+    return [case | {"peer": peer, "peer_ms": peer_ms} for peer, peer_ms in peers.items()]
+
+
+def drawn(ax):
+    """Points of each line by its label."""
+    return {line.get_label(): list(map(tuple, line.get_xydata().round(9).tolist())) for line in ax.lines}
+
+
+def test_a_roofline_has_its_roof_and_each_operation_where_it_was_measured():
+    rows = kernels("gated_delta_rule", "forward", 1.0, {"pytorch": 20.0, "fla": 2.0}, 2e11, 2e9)
+    rows += kernels("gated_delta_rule", "forward", 0.5, {"pytorch": math.nan, "fla": 4.0}, 2e11, 1e9, shape="other")
+    rows += kernels("jetblock_step", "decode", 0.1, {"pytorch": 1.0}, 1e8, 1e8)
+    rows += kernels("gated_delta_rule", "forward+backward", 4.0, {"pytorch": 60.0, "fla": 8.0}, 6e11, 5e9)
+    figure = plots.roofline(rows, bytes_per_s=2e12, flops_per_s=6e14, title="a machine")
+    forward, backward = figure.axes
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["forward, decode", "forward+backward"]
+
+    roof = dict(drawn(forward)["roof"])
+    assert roof.pop(300.0) == 600.0  # FLOP/B and TFLOP/s where the two ceilings meet
+    (left, slope), (right, level) = sorted(roof.items())
+    assert left < 1.0 and slope == pytest.approx(2 * left) and right > 300.0 and level == 600.0
+
+    points = drawn(forward)
+    assert points["gated_delta_rule, ours"] == [(100.0, 200.0), (200.0, 400.0)]
+    assert points["gated_delta_rule, fla"] == [(100.0, 100.0), (200.0, 50.0)]
+    assert points["gated_delta_rule, pytorch"] == [(100.0, 10.0)]  # no time of the other
+    assert points["jetblock_step, ours"] == [(1.0, 1.0)]
+    assert drawn(backward)["gated_delta_rule, ours"] == [(120.0, 150.0)]
+    joined = [segment.round(9).tolist() for lines in forward.collections for segment in lines.get_segments()]
+    assert joined == [[[100, 10], [100, 200]], [[200, 50], [200, 400]], [[1, 0.1], [1, 1]]]
+    for ax in figure.axes:
+        for line in ax.lines[1:]:
+            hollow = line.get_markerfacecolor() == "white"
+            assert hollow == (not line.get_label().endswith("ours"))
+
+
+def test_a_roofline_leaves_out_what_has_no_products_or_missed_its_check():
+    rows = kernels("gated_rms_norm", "forward", 0.1, {"pytorch": 1.0}, 0.0, 1e9)
+    rows += kernels("gated_delta_rule", "forward", math.nan, {"fla": 2.0}, 2e11, 2e9)
+    with pytest.raises(ValueError, match="needs a row with flops above 0 and with ms"):
+        plots.roofline(rows, 2e12, 6e14)
+    figure = plots.roofline([*rows, *kernels("jetblock", "forward", 1.0, {"pytorch": 2.0}, 3e11, 1e8)], 2e12, 6e14)
+    assert set(drawn(figure.axes[0])) == {"roof", "jetblock, ours", "jetblock, pytorch"}
+
+
+def test_the_names_in_a_roofline_cover_neither_each_other_nor_a_dot():
+    rows = kernels("gated_delta_rule", "forward", 1.0, {"pytorch": 20.0}, 2e11, 2e9)
+    rows += kernels("gated_linear_attention", "forward", 1.2, {"pytorch": 18.0}, 2e11, 2.4e9)
+    rows += kernels("dynamic_conv", "forward", 0.5, {"pytorch": 9.0}, 2e11, 1.6e9)
+    figure = plots.roofline(rows, 2e12, 6e14)
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    boxes = {text.get_text().replace("\n", " "): text.get_window_extent() for text in ax.texts}
+    dots = [ax.transData.transform(line.get_xydata()) for line in ax.lines[1:]]
+    assert {"gated delta rule", "gated linear attention", "dynamic conv"} < set(boxes)
+    for name, box in boxes.items():
+        assert not box.count_overlaps([other for key, other in boxes.items() if key != name]), name
+        assert not any(box.count_contains(points) for points in dots), name

@@ -8,7 +8,7 @@ import torch
 
 from jetlab import paths
 from jetlab.seeding import derive, generator, rng, seed_everything
-from jetlab.track import MAX_METRICS, Results, recorded
+from jetlab.track import MAX_METRICS, Results, kernel_records, recorded
 
 
 def lines(path: Path) -> list[str]:
@@ -163,3 +163,21 @@ def test_a_record_is_shown_where_it_is_complete_and_else_the_own_run(tmp_path, m
     (folder / "command.txt").write_text("python -m jetlab.run\n")
     assert recorded("gpu/03", "own").dir == folder
     assert "committed record" in capsys.readouterr().out
+
+
+def test_kernel_records_are_the_finished_runs_of_all_machines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert kernel_records() == []
+    assert capsys.readouterr().out.count("\n") == 1
+    for machine in ("h200", "h100", "unfinished"):
+        folder = tmp_path / "records" / machine / "kernels"
+        folder.mkdir(parents=True)
+        (folder / "kernels.csv").write_text(f"op,ms\n{machine},1\n")
+        if machine != "unfinished":
+            (folder / "environment.json").write_text(json.dumps({"device": machine.upper()}))
+    (tmp_path / "records/h100/tuning").mkdir()
+    (tmp_path / "records/h100/tuning/environment.json").write_text("{}")
+    found = kernel_records()
+    assert [record.environment()["device"] for record in found] == ["H100", "H200"]
+    assert [record.table("kernels").op.tolist() for record in found] == [["h100"], ["h200"]]
+    assert "h100" in capsys.readouterr().out

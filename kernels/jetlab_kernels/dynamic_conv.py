@@ -36,7 +36,7 @@ WEIGHT = {"BM": 64, "BC": 64, "BR": 128, "num_warps": 8, "STAGES": 3, "SPLIT": 4
 @triton.jit
 def _place(token, T, place_ptr, n_tokens):
     """Tokens of the same sequence that stand before `token`; negative at padding in front."""
-    if place_ptr is None:
+    if place_ptr is None:  # noqa: SIM108 (decided when the kernel is built)
         place = token % T
     else:
         place = tl.load(place_ptr + token, mask=token < n_tokens, other=-1)
@@ -57,8 +57,9 @@ def _kernels(
 ):  # fmt: skip
     """kappa in fp32, a tile [BM,BC] for each tap."""
     taps = ()
-    for _ in tl.static_range(W):
-        taps += (tl.zeros([BM, BC], dtype=tl.float32),)
+    for j in tl.static_range(W):
+        bias = tl.load(bias_ptr + channel * W + j, mask=channel < C, other=0.0).to(tl.float32)
+        taps += (tl.zeros([BM, BC], dtype=tl.float32) + bias[None, :],)
     for i_r in tl.range(0, R, BR, num_stages=STAGES):
         r = i_r + tl.arange(0, BR)
         at = token.to(tl.int64)[:, None] * h_t + r[None, :]
@@ -69,11 +70,7 @@ def _kernels(
             weight = tl.load(weight_ptr + at, mask=(r < R)[:, None] & (channel < C)[None, :], other=0.0).to(DOT)
             sums += (tl.dot(hidden, weight, taps[j], input_precision=PRECISION),)
         taps = sums
-    biased = ()
-    for j in tl.static_range(W):
-        bias = tl.load(bias_ptr + channel * W + j, mask=channel < C, other=0.0).to(tl.float32)
-        biased += (taps[j] + bias[None, :],)
-    return biased
+    return taps
 
 
 @triton.jit
@@ -97,7 +94,7 @@ def _forward(
     if history_ptr is not None:
         early = (place >= 0) & (place < W - 1)
         if tl.sum(early.to(tl.int32), 0) > 0:  # few tiles have a sequence begin in them
-            if row_ptr is None:
+            if row_ptr is None:  # noqa: SIM108
                 row = token // T
             else:
                 row = tl.load(row_ptr + token, mask=token < n_tokens, other=0)
@@ -205,7 +202,7 @@ def _tiles(tiles: dict, C: int, R: int, W: int, dtype: torch.dtype) -> dict:
     """`tiles` cut to what C channels, R units and W taps fill; fp32 and more than four taps take half the channels."""
     halves = (dtype == torch.float32) + (W > 4)
     return tiles | {
-        "BC": min(tiles["BC"] >> halves, _power_of_two(C)),
+        "BC": min(max(16, tiles["BC"] >> halves), _power_of_two(C)),
         "BR": min(tiles["BR"], _power_of_two(R)),
         "STAGES": 2 if dtype == torch.float32 else tiles["STAGES"],
     }

@@ -45,7 +45,8 @@ CHUNK = SIDE
 SCAN = {"BV": 32, "STAGES": 3, "num_warps": 4}
 SCAN_BACK = {"BV": 32, "STAGES": 3, "num_warps": 4}
 SCAN_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 4}  # K > 128, or fp32
-GRADIENTS = {"BV": 64, "STAGES": 2, "num_warps": 8}
+GRADIENTS = {"BV": 64, "STAGES": 3, "num_warps": 8}
+GRADIENTS_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 8}
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 # exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
 LOWEST_LOG_DECAY: tl.constexpr = tl.constexpr(-50.0)
@@ -456,7 +457,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         _gradients[(N, H)](
             q, k, v, do, rows, x, dy, states, dstates, dq, dk, dv, dg, dbeta, chunks.owner,
             v_t=v_t, v_h=v_h, do_t=do_t, do_h=do_h, scale=scale,
-            NORM=qk_l2norm, **strides, **sizes, **_tiles(GRADIENTS, K, V), **dots, **tables,
+            NORM=qk_l2norm, **strides, **sizes, **_tiles(GRADIENTS_LARGE if large else GRADIENTS, K, V), **dots, **tables,
         )  # fmt: skip
         dg, dbeta = (None if x is None else x.to(gate.dtype) for x, gate in ((dg, g), (dbeta, beta)))
         dstate = None if state is None else dstate.to(state.dtype)

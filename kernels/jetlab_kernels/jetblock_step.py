@@ -24,8 +24,8 @@ from torch import Tensor
 from jetlab_kernels.launch import check_device, check_format
 
 # Value channels that a program takes at a time, warps. Few heads fill the GPU only if each loads its state all at once.
-MANY = {"BV": 64, "num_warps": 4}
-FEW = {"BV": 256, "num_warps": 8}
+MANY = {"BV": 64, "num_warps": 2}
+FEW = {"BV": 128, "num_warps": 4}
 FEW_HEADS = 264  # two for each multiprocessor of an H100
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 

@@ -1,18 +1,41 @@
-"""What every launcher needs: where a kernel can run, and in which precision its products are taken."""
+"""What every launcher needs: where a kernel can run, what assembles it, and in which precision its products are taken."""
 
 import os
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from jetlab_kernels import MAX_HEAD_DIM
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads the same variable when it decorates a kernel
+SOUND_PTXAS = (12, 9)
+
+
+def release(tool) -> tuple[int, ...]:
+    """Version of an assembler as numbers."""
+    return tuple(int(number) for number in tool.version.split("."))
+
+
+def choose_assembler() -> None:
+    """Lets this process assemble for Hopper with the ptxas that Triton brings for Blackwell, where the other one is too old.
+
+    Triton 3.6 and 3.7 bring ptxas 12.8 for Hopper. It gives some of our products an operand's address beyond shared memory:
+    on an H100 the same program then reads out of bounds or gives wrong numbers, while 12.9 and 13.0 assemble it right. The
+    choice stands in TRITON_PTXAS_PATH, which Triton reads; one that the user has made stays.
+    """
+    nvidia = triton.knobs.nvidia
+    if "TRITON_PTXAS_PATH" not in os.environ and release(nvidia.ptxas) < SOUND_PTXAS <= release(nvidia.ptxas_blackwell):
+        nvidia.ptxas = nvidia.ptxas_blackwell.path
+
+
+choose_assembler()
 
 
 def check_device(*tensors: Tensor | None) -> None:
-    """Raises ValueError unless all tensors lie on one CUDA device, or on any one device under Triton's interpreter."""
+    """Raises ValueError unless all tensors lie on one CUDA device, or on any one device under Triton's interpreter, and if
+    what assembles the kernels is known to get them wrong."""
     devices = {x.device for x in tensors if x is not None}
     if len(devices) > 1:
         names = ", ".join(sorted(str(device) for device in devices))
@@ -22,6 +45,11 @@ def check_device(*tensors: Tensor | None) -> None:
         raise ValueError(
             f"Triton kernels run on a CUDA device, got tensors on {device}; use backend='chunked' there, or set "
             "TRITON_INTERPRET=1 before Python starts to step through a kernel without a GPU"
+        )
+    if not INTERPRETED and release(triton.knobs.nvidia.ptxas) < SOUND_PTXAS:
+        raise ValueError(
+            f"the Triton kernels need ptxas ≥ {'.'.join(map(str, SOUND_PTXAS))}, got {triton.knobs.nvidia.ptxas.version}, "
+            "which miscompiles them on Hopper; set TRITON_PTXAS_PATH to a newer one, or use backend='chunked'"
         )
 
 

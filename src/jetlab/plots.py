@@ -9,6 +9,7 @@ import io
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -505,11 +506,9 @@ def roofline(kernels, bytes_per_s: float, flops_per_s: float, *, title: str = ""
             shade = colour(op, ops.index(op))
             clouds[ax][op] = shade, _speeds(ax, [row for row in own if row["op"] == op], markers, shade)
         ax.set_ylim(min(y for _, cloud in clouds[ax].values() for _, y in cloud) / 2.5, 2 * flops_per_s / 1e12)
+    grey = {"color": "#444444", "linestyle": ""}
     handles = [
-        Line2D(
-            [], [], color="#444444", marker=marker, linestyle="", markerfacecolor=None if name == "ours" else "white"
-        )
-        for name, marker in markers.items()
+        Line2D([], [], **grey, marker=m, fillstyle="full" if n == "ours" else "none") for n, m in markers.items()
     ]
     fig.legend(handles, list(markers), loc="outside lower center", ncols=len(markers))
     if title:
@@ -522,18 +521,17 @@ def roofline(kernels, bytes_per_s: float, flops_per_s: float, *, title: str = ""
 def _roof(ax, intensities: Sequence[float], bytes_per_s: float, flops_per_s: float) -> None:
     """min(`bytes_per_s` · x, `flops_per_s`) in TFLOP/s with its two values, over all `intensities` and its ridge."""
     ridge = flops_per_s / bytes_per_s
-    low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 3
+    low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
     xs = np.array([low, ridge, high])
     ax.plot(
         xs, np.minimum(bytes_per_s * xs, flops_per_s) / 1e12, color="#666666", linewidth=1.4, label="roof", zorder=1
     )
     ax.set_xlim(low, high)
-    style = {"textcoords": "offset points", "color": "#666666", "fontsize": 9, "rotation_mode": "anchor"}
-    level = f"{flops_per_s / 1e12:.0f} TFLOP/s, a product"
-    ax.annotate(level, (high, flops_per_s / 1e12), xytext=(0, 4), ha="right", **style)
-    slope, gradient, start = f"{bytes_per_s / 1e12:.2f} TB/s, a copy", bytes_per_s / 1e12, 1.15 * low
-    style |= {"rotation": np.degrees(np.arctan(gradient)), "transform_rotates_text": True}  # as steep as the line
-    ax.annotate(slope, (start, start * gradient), xytext=(-2, 4), **style)
+    style = {"color": "#666666", "fontsize": 9, "rotation_mode": "anchor"}
+    ax.text(high, 1.1 * flops_per_s / 1e12, f"{flops_per_s / 1e12:.0f} TFLOP/s, a product", ha="right", **style)
+    above, start = 1.3 * bytes_per_s / 1e12, 1.1 * low
+    steep = {"rotation": np.degrees(np.arctan(above)), "transform_rotates_text": True}  # on paper as steep as the line
+    ax.text(start, above * start, f"{bytes_per_s / 1e12:.2f} TB/s, a copy", **style, **steep)
 
 
 def _speeds(ax, rows: Sequence[Mapping[str, Any]], markers: Mapping[str, str], shade: str) -> list[tuple[float, float]]:
@@ -577,9 +575,9 @@ def _names(ax, clouds: Mapping[str, tuple[str, Sequence[tuple[float, float]]]]) 
     aligned = {-1: ("right", "top"), 0: ("center", "center"), 1: ("left", "bottom")}
     ways = [(0, -1), (1, 0), (-1, 0), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1)]
     for name, (shade, cloud) in clouds.items():
-        text = ax.annotate(
-            name.replace("_", " "), cloud[0], (0, 0), textcoords="offset points", color=shade, fontsize=10
-        )
+        words = textwrap.fill(name.replace("_", " "), 13)  # two short lines find a place more easily than a long one
+        style = {"textcoords": "offset points", "color": shade, "fontsize": 10, "linespacing": 1.0}
+        text = ax.annotate(words, cloud[0], (0, 0), **style)
 
         def put(place, text=text) -> Bbox:
             away, text.xy, (right, up) = place
@@ -590,7 +588,7 @@ def _names(ax, clouds: Mapping[str, tuple[str, Sequence[tuple[float, float]]]]) 
             box = put(place)
             outside = not (ax.bbox.contains(*box.min) and ax.bbox.contains(*box.max))
             hidden = box.padded(6).count_contains(dots) + box.padded(2).count_contains(along) / 10
-            return hidden + 100 * (outside + box.count_overlaps(texts))
+            return hidden + 100 * (outside + box.padded(4).count_overlaps(texts))
 
         lowest_first = sorted(cloud, key=lambda dot: dot[1])
         places = [(away, dot, way) for away in (8, 20) for dot in lowest_first for way in ways]

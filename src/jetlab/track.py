@@ -1,8 +1,8 @@
 """What a stage writes: headline numbers, estimates with errors, curves, figures and the choice it hands on.
 
 A file appears whole or not at all, in fixed order and rounding, without time, host or path: equal runs, equal bytes.
-`to_show`, `recorded` and `upstream` are the other direction: what a notebook reads of its own stage, of records and of the
-stages before it.
+`to_show`, `recorded`, `kernel_records` and `upstream` are the other direction: what a notebook reads of its own stage, of
+records and of the stages before it.
 """
 
 import csv
@@ -129,6 +129,10 @@ class Written:
         """metrics.json. Raises MissingInput if that run did not write it."""
         return json.loads(require(self.dir / "metrics.json", self.dir.name).read_text(encoding="utf-8"))
 
+    def environment(self) -> dict[str, Any]:
+        """environment.json: the machine and the packages of a record. Raises MissingInput if it is not there."""
+        return json.loads(require(self.dir / "environment.json", self.dir.name).read_text(encoding="utf-8"))
+
     def choice(self) -> dict[str, Any]:
         """choice.json. Raises MissingInput if that run did not write it."""
         return json.loads(require(self.dir / "choice.json", self.dir.name).read_text(encoding="utf-8"))
@@ -159,6 +163,22 @@ def recorded(name: str, out_dir: str | Path) -> Written:
         return Written(folder)
     print(f"The figures show the short run made here: {shown(folder)} is not committed yet.")
     return Written(resolve(out_dir))
+
+
+def kernel_records() -> list[Written]:
+    """What benchmarks/kernels.py left in records/*/kernels, a folder for each machine, by name; prints which, or that none is.
+
+    A folder counts once its run is over: environment.json is written after the last line of kernels.csv.
+    """
+    folders = sorted(file.parent for file in resolve("records").glob("*/kernels/environment.json"))
+    folders = [folder for folder in folders if (folder / "kernels.csv").is_file()]
+    if folders:
+        print(f"The kernels are those of {', '.join(map(shown, folders))}, made by the command beside each.")
+    else:
+        print(
+            "No run of benchmarks/kernels.py on a GPU is committed yet (records/*/kernels): there is nothing to show."
+        )
+    return [Written(folder) for folder in folders]
 
 
 def upstream(folder: str | Path | None, stage: str, default: Mapping[str, Any]) -> dict[str, Any]:
