@@ -24,6 +24,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from jetlab.config import SupernetStudy
 from jetlab.data.packing import Mixture
+from jetlab.layers.jetblock import JetBlock
 from jetlab.models import surgery
 from jetlab.paths import ROOT
 from jetlab.search.supernet import build
@@ -75,8 +76,11 @@ def published(backend: str, n_steps: int, n_layers: int = 4, B: int = 4, T: int 
         vocab_size=8192, hidden_size=1536, intermediate_size=8960, num_hidden_layers=n_layers, num_attention_heads=12,
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    model = surgery.convert(Qwen2ForCausalLM(config).cuda(), ["jetblock"] * n_layers, JET_2B)
-    on_backend(model.bfloat16(), backend).train()
+    model = surgery.attach(Qwen2ForCausalLM(config))
+    for slot in surgery.slots(model):  # random, as factoring attention's matrices at this width takes minutes
+        slot.paths["jetblock"] = JetBlock(JET_2B)
+    surgery.prune(model, ["jetblock"] * n_layers)
+    on_backend(model.to("cuda", torch.bfloat16), backend).train()
     optimiser = adamw(model.parameters(), 1e-4)
     rng = torch.Generator(device="cuda").manual_seed(0)
     times, losses = [], []

@@ -2,22 +2,24 @@
 
 import torch
 
-# Whether backend="auto" leaves to them what they take. They have not been measured on a GPU yet: a record there that shows
-# every one right, and faster than plain PyTorch, turns this on.
-AUTO = False
+# Compute capability of the GPU on which all of them were found right, and faster than plain PyTorch (records/h100/kernels).
+# On others they were not tried, and tiles that fill a Hopper's shared memory may find no room.
+CHECKED_ON = (9, 0)
 # Key channels of a head, all of which a program holds in registers and shared memory; value channels come in blocks.
 MAX_HEAD_DIM = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
 MAX_TAPS = 8
 
 
 def takes(*tensors: torch.Tensor | None, head_dim: int = 0, taps: int = 0) -> bool:
-    """Whether "auto" is right to call the kernels: on one GPU, in bf16, fp16 or fp32, at widths that they hold."""
+    """Whether "auto" is right to call the kernels: on a GPU where they were checked, in bf16, fp16 or fp32, at widths that
+    they hold."""
+    from jetlab_kernels.launch import assembles_right
+
     given = [x for x in tensors if isinstance(x, torch.Tensor)]
-    formats = all(x.dtype in MAX_HEAD_DIM for x in given)
     return (
-        AUTO
-        and formats
-        and all(x.is_cuda for x in given)
+        all(x.is_cuda and x.dtype in MAX_HEAD_DIM for x in given)
+        and torch.cuda.get_device_capability(given[0].device) == CHECKED_ON
+        and assembles_right()
         and head_dim <= MAX_HEAD_DIM[given[0].dtype]
         and taps <= MAX_TAPS
     )

@@ -41,12 +41,17 @@ from jetlab_kernels.launch import check_device, check_format, dot_format, token_
 from jetlab_kernels.unit_lower import SIDE, invert
 
 CHUNK = SIDE
-# Value channels that a program owns (of _gradients: takes at a time), depth of prefetching, warps.
-SCAN = {"BV": 32, "STAGES": 3, "num_warps": 4}
-SCAN_BACK = {"BV": 32, "STAGES": 3, "num_warps": 4}
-SCAN_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 4}  # K > 128, or fp32
-GRADIENTS = {"BV": 64, "STAGES": 3, "num_warps": 8}
-GRADIENTS_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 8}
+# Value channels that a program owns (of _gradients: takes at a time), depth of prefetching, warps; from
+# records/h100/kernels/tuning.csv, ms of the whole call at 4 × 4096 tokens, 12 heads of 96 × 256 (_LARGE: 4 of 256 × 288).
+SCAN = {"BV": 32, "STAGES": 3, "num_warps": 4}  # forward 0.448; (64, 1, 4) 0.455, (64, 3, 4) 0.499, (32, 2, 4) 0.571
+SCAN_BACK = {"BV": 32, "STAGES": 3, "num_warps": 4}  # and back 1.603; (64, 3, 4) 1.601 but slower for one long row
+SCAN_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 4}  # K > 128, or fp32: 0.420; (64, 2, 8) 0.421, (16, 2, 4) 0.532
+GRADIENTS = {
+    "BV": 64,
+    "STAGES": 3,
+    "num_warps": 8,
+}  # and back 1.603; (32, 4, 8) 1.640, (64, 2, 8) 1.664, (64, 2, 4) 2.086
+GRADIENTS_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 8}  # 1.780; (64, 2, 8) 1.731 has no room in fp32
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 # exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
 LOWEST_LOG_DECAY: tl.constexpr = tl.constexpr(-50.0)

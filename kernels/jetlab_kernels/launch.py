@@ -13,8 +13,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads the same
 SOUND_PTXAS = (12, 9)
 
 
-def release(tool) -> tuple[int, ...]:
-    """Version of an assembler as numbers."""
+def _release(tool) -> tuple[int, ...]:
     return tuple(int(number) for number in tool.version.split("."))
 
 
@@ -26,8 +25,15 @@ def choose_assembler() -> None:
     choice stands in TRITON_PTXAS_PATH, which Triton reads; one that the user has made stays.
     """
     nvidia = triton.knobs.nvidia
-    if "TRITON_PTXAS_PATH" not in os.environ and release(nvidia.ptxas) < SOUND_PTXAS <= release(nvidia.ptxas_blackwell):
+    if "TRITON_PTXAS_PATH" not in os.environ and _release(nvidia.ptxas) < SOUND_PTXAS <= _release(
+        nvidia.ptxas_blackwell
+    ):
         nvidia.ptxas = nvidia.ptxas_blackwell.path
+
+
+def assembles_right() -> bool:
+    """Whether what assembles for Hopper in this process is free of the error above."""
+    return _release(triton.knobs.nvidia.ptxas) >= SOUND_PTXAS
 
 
 choose_assembler()
@@ -46,7 +52,7 @@ def check_device(*tensors: Tensor | None) -> None:
             f"Triton kernels run on a CUDA device, got tensors on {device}; use backend='chunked' there, or set "
             "TRITON_INTERPRET=1 before Python starts to step through a kernel without a GPU"
         )
-    if not INTERPRETED and release(triton.knobs.nvidia.ptxas) < SOUND_PTXAS:
+    if not INTERPRETED and not assembles_right():
         raise ValueError(
             f"the Triton kernels need ptxas ≥ {'.'.join(map(str, SOUND_PTXAS))}, got {triton.knobs.nvidia.ptxas.version}, "
             "which miscompiles them on Hopper; set TRITON_PTXAS_PATH to a newer one, or use backend='chunked'"
