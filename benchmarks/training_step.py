@@ -4,11 +4,12 @@
 
 supernet   stage 2 as the study runs it (`train_paths`, fp32, the steps that draw a path each), with the bundled teacher and the
            supernet's section of a profile: small heads, where launches count. One line a profile and block.
-published  four layers of Jet-Nemotron-2B's width with JetBlocks in bf16, forward, backward and AdamW over 4 × 4096 tokens
+published  four layers of Jet-Nemotron-2B's width with JetBlocks in bf16, forward, backward and AdamW over 4 × 4096 tokens,
+           the same ones in every step, so that the loss falls and shows what a wrong gradient would do
 
-The backends take turns on the same seeds, in both orders. Writes training_step.csv: step, block, backend, median ms a step, its
-quartiles, n steps, and the mean loss of the last ten, which must not depend on the backend but for rounding; the script
-stops if it does.
+The backends take turns on the same seeds, in both orders. Writes training_step.csv: step, block, backend, median ms a step,
+its quartiles, n steps, and the loss at the end (supernet: mean of ten steps), which must not depend on the backend but for
+rounding; the script stops if it does.
 """
 
 import argparse
@@ -81,11 +82,11 @@ def published(backend: str, n_steps: int, n_layers: int = 4, B: int = 4, T: int 
         slot.paths["jetblock"] = JetBlock(JET_2B)
     surgery.prune(model, ["jetblock"] * n_layers)
     on_backend(model.to("cuda", torch.bfloat16), backend).train()
-    optimiser = adamw(model.parameters(), 1e-4)
+    optimiser = adamw(model.parameters(), 1e-3)
     rng = torch.Generator(device="cuda").manual_seed(0)
+    ids = torch.randint(config.vocab_size, (B, T), device="cuda", generator=rng)
     times, losses = [], []
     for _ in range(n_steps):
-        ids = torch.randint(config.vocab_size, (B, T), device="cuda", generator=rng)
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -95,7 +96,7 @@ def published(backend: str, n_steps: int, n_layers: int = 4, B: int = 4, T: int 
         torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
         losses.append(loss.item())
-    return times[3:], statistics.mean(losses[-10:])
+    return times[3:], losses[-1]
 
 
 def compared(name: str, block: str, run) -> list[dict]:
@@ -130,6 +131,8 @@ def main() -> None:
         "--blocks", nargs="+", default=["gated_deltanet", "jetblock"], help="linear paths of the supernet"
     )
     arguments = parser.parse_args()
+    if arguments.steps < 2 * SKIPPED:
+        sys.exit(f"--steps must be at least {2 * SKIPPED}, got {arguments.steps}: the first {SKIPPED} are not timed")
     if not torch.cuda.is_available():
         sys.exit("benchmarks/training_step.py measures on a CUDA device, and PyTorch sees none")
     arguments.out.mkdir(parents=True, exist_ok=True)

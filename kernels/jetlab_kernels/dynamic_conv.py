@@ -39,6 +39,7 @@ WEIGHT = {
     "STAGES": 3,
     "SPLIT": 4,
 }  # 2.209; SPLIT 8 2.195, twice the memory
+PROGRAMS = 264  # two for each multiprocessor of an H100: narrow weights are split further, until so many run
 
 
 @triton.jit
@@ -232,9 +233,10 @@ class _DynamicConv(torch.autograd.Function):
         place, row = None, None
         if begin is not None:
             token, begin = torch.arange(n_tokens, device=x.device), begin.long()
-            # Padding before the first sequence belongs to it, in front of its first token.
             row = torch.searchsorted(begin, token, right=True).sub_(1).clamp_min_(0)
-            place, row = (token - begin[row]).to(torch.int32), row.to(torch.int32)
+            # Padding in front of a row stands behind the sequence of the row above, and is none of its tokens.
+            place = torch.where(token // T == begin[row] // T, token - begin[row], -1).to(torch.int32)
+            row = row.to(torch.int32)
         y = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
         total = torch.empty_like(y) if silu and trains else None
         tiles = _tiles(FORWARD, C, R, W, x.dtype)
@@ -269,7 +271,9 @@ class _DynamicConv(torch.autograd.Function):
         )
 
         tiles = _tiles(WEIGHT, C, R, W, x.dtype)
-        split = tiles["SPLIT"]
+        n_programs = triton.cdiv(R, tiles["BR"]) * triton.cdiv(C, tiles["BC"])
+        split = min(max(tiles["SPLIT"], PROGRAMS // n_programs), triton.cdiv(n_tokens, tiles["BM"]))
+        tiles["SPLIT"] = split
         dweight = torch.empty(split, C * W, R, dtype=torch.float32, device=x.device)
         dbias = torch.empty(split, C * W, dtype=torch.float32, device=x.device)
         _weight[(triton.cdiv(R, tiles["BR"]), triton.cdiv(C, tiles["BC"]), split)](
@@ -278,23 +282,24 @@ class _DynamicConv(torch.autograd.Function):
         dweight, dbias = dweight.sum(0), dbias.sum(0)
         dhistory = None
         if history is not None:
-            begin = torch.arange(0, n_tokens, T, device=x.device) if begin is None else begin
+            if begin is None:
+                begin = torch.arange(0, n_tokens, T, device=x.device)
+                place = torch.arange(n_tokens, device=x.device) % T
             rows = hidden.flatten(0, 1), inner.flatten(0, 1), dhidden.flatten(0, 1)
-            dhistory = _history_gradients(*rows, weight, bias, history, begin, dweight, dbias)
+            dhistory = _history_gradients(*rows, weight, bias, history, begin, place, dweight, dbias)
         return dx, dhidden, dweight.to(weight.dtype), dbias.to(bias.dtype), dhistory, None, None, None
 
 
-def _history_gradients(hidden, inner, dhidden, weight, bias, history, begin, dweight, dbias) -> Tensor:
+def _history_gradients(hidden, inner, dhidden, weight, bias, history, begin, place, dweight, dbias) -> Tensor:
     """dhistory[s,c,i] = Σ_p inner[p,c] · kappa[p,c,i-p] over the first W-1 tokens p of sequence s; adds what the history
     gives to the gradients of their `dhidden`, of `dweight` and of `dbias`, in place."""
     (S, C, past), n_tokens = history.shape, len(hidden)
-    end = torch.cat([begin[1:], begin.new_tensor([n_tokens])])
     weight, bias = weight.float().view(C, past + 1, -1), bias.float().view(C, past + 1)
     dweight, dbias = dweight.view(weight.shape), dbias.view(bias.shape)
     dhistory = torch.zeros(S, C, past, dtype=torch.float32, device=hidden.device)
     for p in range(past):
         token, taps = (begin + p).clamp_max(n_tokens - 1), past - p
-        mine = (begin + p < end)[:, None]
+        mine = ((begin + p < n_tokens) & (place[token] == p))[:, None]
         units, out = hidden[token].float(), inner[token].float() * mine
         kappa = torch.einsum("sr,cjr->scj", units, weight[:, :taps]) + bias[:, :taps]
         dhistory[..., p:] += out[..., None] * kappa

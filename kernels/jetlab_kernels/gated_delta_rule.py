@@ -43,15 +43,16 @@ from jetlab_kernels.unit_lower import SIDE, invert
 CHUNK = SIDE
 # Value channels that a program owns (of _gradients: takes at a time), depth of prefetching, warps; from
 # records/h100/kernels/tuning.csv, ms of the whole call at 4 × 4096 tokens, 12 heads of 96 × 256 (_LARGE: 4 of 256 × 288).
+# Retention alone (128 × 128) would take (64, 3, 4): forward 0.159 instead of 0.194.
 SCAN = {"BV": 32, "STAGES": 3, "num_warps": 4}  # forward 0.448; (64, 1, 4) 0.455, (64, 3, 4) 0.499, (32, 2, 4) 0.571
-SCAN_BACK = {"BV": 32, "STAGES": 3, "num_warps": 4}  # and back 1.603; (64, 3, 4) 1.601 but slower for one long row
+SCAN_BACK = {"BV": 32, "STAGES": 3, "num_warps": 4}  # and back 1.603; (64, 3, 4) 1.601, (32, 2, 4) 1.743
 SCAN_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 4}  # K > 128, or fp32: 0.420; (64, 2, 8) 0.421, (16, 2, 4) 0.532
 GRADIENTS = {
     "BV": 64,
     "STAGES": 3,
     "num_warps": 8,
 }  # and back 1.603; (32, 4, 8) 1.640, (64, 2, 8) 1.664, (64, 2, 4) 2.086
-GRADIENTS_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 8}  # 1.780; (64, 2, 8) 1.731 has no room in fp32
+GRADIENTS_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 8}  # 1.780; (32, 3, 8) 1.761, (64, 2, 8) 1.731: no room in fp32
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 # exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
 LOWEST_LOG_DECAY: tl.constexpr = tl.constexpr(-50.0)
@@ -267,7 +268,7 @@ def _gradients(
     """Gradients of q, k, g, and with beta of v and beta, from both states of a chunk.  Grid (N, H): one program owns one
     chunk of one head and all its channels, because the norms' gradients sum over K and those of g and beta over V too.
 
-    The loop over V is products alone, with factors as they lie in memory: whatever scales their rows is behind it.
+    Products in the loop over V take their factors as they lie in memory; what scales the products' rows is behind it.
 
     G_t collects what each factor e^{G_t - G_s} meets: + for the row that reads, - for the row that is read. With
     B = dA ∘ A and D = -beta dL ∘ (K K^T ∘ Γ) of all pairs inside the chunk, dL = dY X^T below the diagonal, what a key

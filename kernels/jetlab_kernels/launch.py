@@ -13,27 +13,36 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads the same
 SOUND_PTXAS = (12, 9)
 
 
-def _release(tool) -> tuple[int, ...]:
-    return tuple(int(number) for number in tool.version.split("."))
+def _release(name: str) -> tuple[int, ...]:
+    """Version of an assembler that Triton knows, as numbers; empty if this Triton has none of that name."""
+    try:
+        return tuple(int(number) for number in getattr(triton.knobs.nvidia, name).version.split("."))
+    except (AttributeError, RuntimeError):  # no such knob, or no such file
+        return ()
 
 
 def choose_assembler() -> None:
     """Lets this process assemble for Hopper with the ptxas that Triton brings for Blackwell, where the other one is too old.
 
     Triton 3.6 and 3.7 bring ptxas 12.8 for Hopper. It gives some of our products an operand's address beyond shared memory:
-    on an H100 the same program then reads out of bounds or gives wrong numbers, while 12.9 and 13.0 assemble it right. The
+    on an H100 the same program then reads out of bounds or gives wrong numbers, while 12.9, which Triton 3.6 brings for
+    Blackwell, and 13.0 assemble it right (Triton 3.7 brings 13.1, with which our kernels were built but not yet run). The
     choice stands in TRITON_PTXAS_PATH, which Triton reads; one that the user has made stays.
     """
-    nvidia = triton.knobs.nvidia
-    if "TRITON_PTXAS_PATH" not in os.environ and _release(nvidia.ptxas) < SOUND_PTXAS <= _release(
-        nvidia.ptxas_blackwell
-    ):
-        nvidia.ptxas = nvidia.ptxas_blackwell.path
+    if "TRITON_PTXAS_PATH" in os.environ or not _release("ptxas") < SOUND_PTXAS <= _release("ptxas_blackwell"):
+        return
+    triton.knobs.nvidia.ptxas = triton.knobs.nvidia.ptxas_blackwell.path
+    from triton.backends.nvidia import compiler
+
+    # The version is part of the name under which a program is kept: one of the old assembler must not be found under it.
+    for remembered in (compiler.get_ptxas_version, compiler.CUDABackend.hash):
+        if hasattr(remembered, "cache_clear"):
+            remembered.cache_clear()
 
 
 def assembles_right() -> bool:
     """Whether what assembles for Hopper in this process is free of the error above."""
-    return _release(triton.knobs.nvidia.ptxas) >= SOUND_PTXAS
+    return _release("ptxas") >= SOUND_PTXAS
 
 
 choose_assembler()
@@ -53,9 +62,10 @@ def check_device(*tensors: Tensor | None) -> None:
             "TRITON_INTERPRET=1 before Python starts to step through a kernel without a GPU"
         )
     if not INTERPRETED and not assembles_right():
+        found = ".".join(map(str, _release("ptxas"))) or "none"
         raise ValueError(
-            f"the Triton kernels need ptxas ≥ {'.'.join(map(str, SOUND_PTXAS))}, got {triton.knobs.nvidia.ptxas.version}, "
-            "which miscompiles them on Hopper; set TRITON_PTXAS_PATH to a newer one, or use backend='chunked'"
+            f"the Triton kernels need ptxas ≥ {'.'.join(map(str, SOUND_PTXAS))}, got {found}: an older one gets them wrong on "
+            "Hopper; set TRITON_PTXAS_PATH to a newer one, or use backend='chunked'"
         )
 
 

@@ -41,6 +41,7 @@ CASES = [
     pytest.param((2, 3, 24, 5, 4), {}, id="shorter-than-the-history"),
     pytest.param((1, 130, 20, 24, 4), {"state": False}, id="two-tiles-of-tokens-from-zeros"),
     pytest.param((2, 127, 72, 70, 4), {}, id="ragged-everywhere"),
+    pytest.param((1, 20, 16, 8, 1), {}, id="one-tap"),
     pytest.param((1, 40, 16, 8, 2), {}, id="two-taps"),
     pytest.param((1, 40, 16, 8, 3), {}, id="three-taps"),
     pytest.param((1, 40, 16, 8, 8), {}, id="eight-taps"),
@@ -81,6 +82,28 @@ def test_padding_changes_nothing(device):
     actual, state = generated_conv(**tensors | padded, activation="silu", mask=mask, backend="triton")
     torch.testing.assert_close(actual[:, left : left + n], expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(state, expected_state)
+
+
+def test_padding_gets_and_gives_no_gradient(device):
+    """Rows padded left, right and on both sides, with inputs from before them; nothing comes in at padding."""
+    tensors, options, (dy, dstate) = inputs(4, 9, 16, 8, 4, device=device)
+    options["mask"] = torch.ones(4, 9, device=device)
+    for row, (left, right) in enumerate([(0, 8), (4, 0), (0, 3), (2, 5)]):
+        options["mask"][row, :left] = options["mask"][row, 9 - right :] = 0
+    dy = dy * options["mask"][..., None]
+    for name, error in compare(tensors, options, (dy, dstate)).items():
+        if name != "output 0":  # is not defined at padding
+            assert error < FP32, name
+
+
+def test_padding_in_front_of_a_row_knows_nothing_of_the_row_above(device):
+    tensors, options, _ = inputs(2, 9, 16, 8, 4, device=device)
+    options["mask"] = torch.ones(2, 9, device=device)
+    options["mask"][1, :4] = 0
+    x, state = tensors["x"].requires_grad_(), tensors["state"].requires_grad_()
+    y, _ = generated_conv(**tensors | {"x": x, "state": state}, **options, backend="triton")
+    dx, dstate = torch.autograd.grad(y[1, :4].sum(), (x, state))
+    assert not dx.any() and not dstate.any()
 
 
 @pytest.mark.parametrize("T", [1, 2])

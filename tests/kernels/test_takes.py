@@ -36,6 +36,7 @@ def test_everything_on_a_gpu_that_they_hold(hopper):
 @pytest.mark.parametrize(
     ("tensors", "widths"),
     [
+        pytest.param([], {}, id="no-tensor"),
         pytest.param([torch.zeros(2)], {}, id="on-the-cpu"),
         pytest.param([tensor(), tensor(device="cpu")], {}, id="partly-on-the-cpu"),
         pytest.param([tensor(torch.float64)], {}, id="fp64"),
@@ -78,6 +79,22 @@ def test_an_assembler_that_is_too_old_is_passed_over(hoppers, blackwells, chosen
     before = nvidia.ptxas
     launch.choose_assembler()
     assert nvidia.ptxas == (chosen or before)
+
+
+def test_a_triton_without_assemblers_is_no_error(hopper, monkeypatch):
+    brought(monkeypatch)
+    launch.choose_assembler()
+    assert not launch.assembles_right()
+    assert resolve_backend("auto", tensor()) == "chunked"
+
+
+def test_this_process_assembles_right():
+    assert launch.assembles_right()
+
+
+def test_nothing_while_a_compiler_traces(hopper, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert resolve_backend("auto", tensor()) == "chunked"
 
 
 def test_the_users_assembler_stays(monkeypatch):
