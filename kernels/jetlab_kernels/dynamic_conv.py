@@ -175,8 +175,8 @@ def _hidden(
 
 @triton.jit
 def _weight(
-    x_ptr, hidden_ptr, place_ptr, inner_ptr, dweight_ptr, dbias_ptr, T, n_tokens, x_t, h_t,
-    C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr,
+    x_ptr, hidden_ptr, place_ptr, inner_ptr, dweight_ptr, dbias_ptr, T, n_tokens, x_t, h_t, SPLIT,
+    C: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dweight[c·W+j,r] = Σ_t dkappa[t,c,j] · hidden[t,r] and dbias, of every SPLIT-th step of BM tokens.  Grid (cdiv(R, BR),
