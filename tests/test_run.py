@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_notebook
 
 from jetlab import paths, run
@@ -191,7 +192,8 @@ def test_the_environment_names_versions_device_and_commit_but_no_machine(monkeyp
     import socket
 
     environment = run.environment()
-    assert {"python", "versions", "devices", "source_commit", "source_changed"} <= set(environment)
+    assert {"python", "versions", "devices", "backend", "source_commit", "source_changed"} <= set(environment)
+    assert environment["backend"] == "chunked" or torch.cuda.is_available()
     text = json.dumps(environment)
     assert socket.gethostname() not in text and str(paths.ROOT) not in text
     assert getpass.getuser() not in environment["devices"]

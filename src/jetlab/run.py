@@ -445,6 +445,8 @@ def environment() -> dict[str, Any]:
 
     import torch
 
+    from jetlab.ops import resolve_backend
+
     versions = {}
     for package in ("torch", "triton", "transformers", "numpy", "lm-eval"):
         with contextlib.suppress(PackageNotFoundError):
@@ -456,6 +458,7 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "devices": devices or [_cpu_name()],
         "cuda": torch.version.cuda if devices else None,
+        "backend": resolve_backend("auto", torch.empty(0, device="cuda" if devices else "cpu")),  # of the recurrences
         "source_commit": _git("rev-parse", "HEAD") or None,
         "source_changed": bool(_git("status", "--porcelain", "--", "src", "kernels", "notebooks", "params.yaml")),
     }
