@@ -47,11 +47,8 @@ CHUNK = SIDE
 SCAN = {"BV": 32, "STAGES": 3, "num_warps": 4}  # forward 0.448; (64, 1, 4) 0.455, (64, 3, 4) 0.499, (32, 2, 4) 0.571
 SCAN_BACK = {"BV": 32, "STAGES": 3, "num_warps": 4}  # and back 1.603; (64, 3, 4) 1.601, (32, 2, 4) 1.743
 SCAN_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 4}  # K > 128, or fp32: 0.420; (64, 2, 8) 0.421, (16, 2, 4) 0.532
-GRADIENTS = {
-    "BV": 64,
-    "STAGES": 3,
-    "num_warps": 8,
-}  # and back 1.603; (32, 4, 8) 1.640, (64, 2, 8) 1.664, (64, 2, 4) 2.086
+# GRADIENTS, and back: 1.603; (32, 4, 8) 1.640, (64, 2, 8) 1.664, (64, 2, 4) 2.086.
+GRADIENTS = {"BV": 64, "STAGES": 3, "num_warps": 8}
 GRADIENTS_LARGE = {"BV": 32, "STAGES": 2, "num_warps": 8}  # 1.780; (32, 3, 8) 1.761, (64, 2, 8) 1.731: no room in fp32
 L2_EPS: tl.constexpr = tl.constexpr(1e-6)
 # exp() of this is below the last bit of any state in fp32, and sums of 64 of them keep four digits of what follows.
