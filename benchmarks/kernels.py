@@ -14,7 +14,8 @@ same inputs and a gradient for each output read, a gradient of each input writte
 operations of the products in the chunked form at the speed of an 8192³ product, both measured at the start. A backward
 pass counts twice its forward's products: what a kernel computes a second time to save memory is its own affair. Calls
 are timed by events after a warm-up, median; a single step as replays of a CUDA graph over input sets whose states
-exceed the cache together.
+exceed the cache together. first_s is the first call of a line in seconds, with an empty compiler cache: what a new shape
+costs, but for the kernels that lines above have built already.
 
 Writes kernels.csv, state_format.csv (error of a bf16 state over 65,536 steps), environment.json and command.txt.
 """
@@ -25,6 +26,8 @@ import importlib.util
 import json
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,7 +53,7 @@ from jetlab.ops import (
 from jetlab_kernels.gated_rms_norm import gated_rms_norm
 
 CHUNK = 64
-COLUMNS = "op pass shape dtype ms peer peer_ms floor_ms flops bytes max_rel_error peer_error checked".split()
+COLUMNS = "op pass shape dtype ms peer peer_ms floor_ms flops bytes max_rel_error peer_error checked first_s".split()
 BOUND = 1.5e-2  # of one operation in bf16, whose factors have 8 bits
 FP32_BOUND = 1e-4
 LAYER_BOUND = 3e-2  # of a layer: several roundings in a row
@@ -100,6 +104,17 @@ def ceilings() -> dict[str, float]:
     copy = 2 * source.nbytes / milliseconds(lambda: target.copy_(source), 20) * 1e3
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return {"bytes_per_s": copy, "flops_per_s": 2 * 8192**3 / milliseconds(lambda: a @ b, 20) * 1e3}
+
+
+def first_call(call: Callable[[], object]) -> float:
+    """Seconds of `call` when nothing it needs lies in the compiler's cache on disk."""
+    with tempfile.TemporaryDirectory() as empty, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = empty
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
 @contextmanager
@@ -160,6 +175,7 @@ def one_pass(
     def errors(backend: str) -> list[float]:
         return [relative_error(x, y) for x, y in zip(evaluate(case, backend, upstream), exact, strict=True)]
 
+    first_s = first_call(lambda: evaluate(case, "triton", upstream))
     with poisoned():
         ours = errors("triton")
     error = max(ours)
@@ -177,6 +193,7 @@ def one_pass(
     for peer, backend in {"pytorch": "chunked", **{name: name for name in case.peers}}.items():
         row = {"op": case.op, "pass": name, "shape": case.shape, "dtype": dtype, "ms": ms, "peer": peer}
         row |= {"flops": flops, "bytes": n_bytes, "max_rel_error": error, "checked": "yes" if checked else "no"}
+        row["first_s"] = first_s
         row["floor_ms"] = max(n_bytes / ceiling["bytes_per_s"], flops / ceiling["flops_per_s"]) * 1e3
         if (peer, case.op, name) not in REFUSED:
             try:
@@ -346,6 +363,7 @@ def steps(B: int, state_dtype: torch.dtype, ceiling: dict[str, float], repeats: 
         return ms
 
     exact = step("reference", **{name: x.double() for name, x in sets[0].items()})
+    first_s = first_call(lambda: step("triton", **sets[0]))
     with poisoned():
         errors = [relative_error(x, y) for x, y in zip(step("triton", **sets[0]), exact, strict=True)]
     peer_errors = [relative_error(x, y) for x, y in zip(step("reference", **sets[0]), exact, strict=True)]
@@ -355,7 +373,7 @@ def steps(B: int, state_dtype: torch.dtype, ceiling: dict[str, float], repeats: 
     row = {"op": "jetblock_step", "pass": "decode", "shape": f"{B}x{H}x{K}x{V}", "peer": "pytorch", "flops": flops}
     row |= {"dtype": f"state {str(state_dtype).removeprefix('torch.')}", "bytes": n_bytes}
     row |= {"floor_ms": n_bytes / ceiling["bytes_per_s"] * 1e3, "checked": "yes" if checked else "no"}
-    row |= {"max_rel_error": max(errors), "peer_error": max(peer_errors)}
+    row |= {"max_rel_error": max(errors), "peer_error": max(peer_errors), "first_s": first_s}
     row["ms"] = replayed("triton") if checked else None
     row["peer_ms"] = replayed("reference")
     show(row)
@@ -445,8 +463,6 @@ def main() -> None:
         sys.exit(
             "benchmarks/kernels.py measures on a CUDA device, and PyTorch sees none; tests/kernels check without one"
         )
-    import triton
-
     arguments.out.mkdir(parents=True, exist_ok=True)
     ceiling = ceilings()
     print(
