@@ -281,7 +281,7 @@ def convolution(B: int, T: int, C: int, R: int, W: int = 4, *, dtype: torch.dtyp
 def norm(B: int, T: int, H: int, V: int) -> Case:
     """RMSNorm of each head and the gate's product."""
     inputs = {"o": draw(B, T, H, V), "z": draw(B, T, H, V, seed=1), "weight": draw(V, dtype=torch.float32)}
-    module = GatedRMSNorm(V)
+    module = GatedRMSNorm(V, backend="chunked")
 
     def call(backend, o, z, weight):
         if backend == "triton":
@@ -424,7 +424,7 @@ def write(path: Path, rows: list[dict], columns: list[str]) -> None:
         return f"{value:.4g}" if isinstance(value, float) else "" if value is None else value
 
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: text(row.get(name)) for name in columns} for row in rows)
 
