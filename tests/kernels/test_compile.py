@@ -23,7 +23,7 @@ SHARED_BYTES = 227 * 1024  # of a multiprocessor of sm_90 for one program
 WGMMA = {"_prepare", "_scan", "_scan_back", "_gradients", "_forward", "_values", "_hidden", "_weight"}
 LAUNCHES = {"_prepare": 2, "_invert": 1, "_scan": 4, "_scan_back": 2, "_gradients": 2}
 LAUNCHES |= {"_forward": 1, "_values": 1, "_hidden": 1, "_weight": 1, "_jetblock_step": 2}
-LAUNCHES |= {"_norm_forward": 1, "_norm_backward": 1}
+LAUNCHES |= {"_norm_forward": 1, "_norm_backward": 1, "_split": 1, "_join": 1}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -240,7 +240,7 @@ class JetNemotronModel(JetNemotronPreTrainedModel):
         if not set(ATTENTION_KINDS).isdisjoint(self.config.layer_kinds):
             position_embeddings = rotary_tables(self.config, x, position_ids)
         position_ids = position_ids.expand(len(x), -1)
-        shared: dict = {}
+        shared = {"overwrite_state": getattr(past_key_values, "overwrites_states", False)}
         for layer in self.layers:
             x = layer(
                 x,

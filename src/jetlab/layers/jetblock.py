@@ -231,7 +231,11 @@ class JetBlock(nn.Module):
         return getattr(self, f"conv_{name}")
 
     def forward(self, x, state=None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
-        """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` and `shared` are not used."""
+        """y and the new `RecurrentState`. Padding (mask 0) writes nothing; `positions` is not used.
+
+        Where `shared` has "overwrite_state" the matrix of `state` may be overwritten by the new one, and is where one kernel
+        takes the step.
+        """
         x = real_tokens(x, mask, cu_seqlens, self.dims.d_model)
         H, Kd = self.dims.n_heads, self.dims.key_dim
         layers = ((self.q_proj, self.k_proj), (self.v_proj,), (self.g_proj,), (self.a_proj,), (self.b_proj,))
@@ -249,6 +253,7 @@ class JetBlock(nn.Module):
                 state=state.recurrent,
                 conv_state=state.conv[0],
                 eps=self.o_norm.eps,
+                in_place=bool(shared and shared.get("overwrite_state")),
                 backend="triton",
             )
             return self.o_proj(y.view(len(x), 1, -1)), RecurrentState(recurrent, (conv,))

@@ -230,7 +230,7 @@ def _rope(raw: Mapping) -> dict:
     return parameters
 
 
-def _jet_nemotron_config(s: Shape, common: Mapping):
+def _jet_nemotron_config(s: Shape, raw: Mapping, common: Mapping):
     from jetlab.hf import JetNemotronConfig
 
     dims = s.linear
@@ -239,18 +239,21 @@ def _jet_nemotron_config(s: Shape, common: Mapping):
     block |= {"dconv_generator_reduction": dims.n_heads * dims.head_dim_v // dims.generator_dim}
     return JetNemotronConfig(
         **common,
-        rope_theta=entry(s.name)["rope_theta"],
+        rope_theta=raw["rope_theta"],
         attention_bias=s.attention_bias,
         layer_kinds=list(s.layer_kinds),
         efficient_attention_config={"sliding_attention": {"window_size": s.window}, "jetblock": block},
     )
 
 
-def hf_config(name: str):
-    """The Transformers configuration of a published shape. Raises ValueError if its family is not in BUILDABLE."""
+def hf_config(name: str, s: Shape | None = None):
+    """The Transformers configuration of a published shape, or of `s`, which was derived from it.
+
+    Raises ValueError if its family is not in BUILDABLE.
+    """
     import transformers
 
-    raw, s = entry(name), shape(name)
+    raw, s = entry(name), s or shape(name)
     if s.family not in BUILDABLE:
         raise ValueError(
             f"{name} is of the family {s.family}, which Transformers cannot build here; its closed forms work "
@@ -284,7 +287,7 @@ def hf_config(name: str):
         "max_position_embeddings": raw.get("max_position_embeddings", 2048),
     }
     if s.family == "jet_nemotron":
-        return _jet_nemotron_config(s, common)
+        return _jet_nemotron_config(s, raw, common)
     if s.family == "gemma3":
         local = {"rope_type": "default", "rope_theta": raw["rope_local_base_freq"]}
         kinds = {"attention": "full_attention", "sliding_attention": "sliding_attention"}
@@ -300,8 +303,14 @@ def hf_config(name: str):
     return getattr(transformers, classes[s.family])(**common)
 
 
-def build(name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16, random: bool = True) -> torch.nn.Module:
-    """The published shape as a Transformers model, in evaluation mode.
+def build(
+    name: str,
+    device: str = "meta",
+    dtype: torch.dtype = torch.bfloat16,
+    random: bool = True,
+    derived: Shape | None = None,
+) -> torch.nn.Module:
+    """The published shape, or one `derived` from it, as a Transformers model in evaluation mode.
 
     On "meta" no memory is taken: for counting. On another device the weights have the random start of their model: for
     speed, which does not depend on values. With `random=False` they are allocated and hold anything: for a checkpoint
@@ -310,7 +319,7 @@ def build(name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16, 
     import transformers
     from transformers.initialization import no_init_weights
 
-    config = hf_config(name)
+    config = hf_config(name, derived)
     with torch.device(device), nullcontext() if random else no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # which without a random start has not happened

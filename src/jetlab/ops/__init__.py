@@ -8,6 +8,7 @@ from jetlab.ops.conv import (
     short_conv,
     short_conv_reference,
 )
+from jetlab.ops.decode_attention import decode_attention, decode_attention_reference
 from jetlab.ops.dplr_delta_rule import dplr_delta_rule, dplr_delta_rule_chunked, dplr_delta_rule_reference
 from jetlab.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_chunked, gated_delta_rule_reference
 from jetlab.ops.gated_linear_attention import (
@@ -18,6 +19,8 @@ from jetlab.ops.gated_linear_attention import (
 from jetlab.ops.jetblock_step import jetblock_step, jetblock_step_reference
 
 __all__ = [
+    "decode_attention",
+    "decode_attention_reference",
     "dplr_delta_rule",
     "dplr_delta_rule_chunked",
     "dplr_delta_rule_reference",

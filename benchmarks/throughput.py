@@ -1,0 +1,139 @@
+"""Decoding and reading at 4K to 256K tokens on one GPU: published shapes, random weights, the engine and Transformers.
+
+    python benchmarks/throughput.py --out records/h200/throughput [--part decode equal transformers prefill others grid]
+
+check         logits of the engine and of the model's own forward, both against fp32: a model whose engine is worse is not timed
+decode        the largest batch in 80 GB (an H100's memory), and in all there is; Qwen3-1.7B, Qwen2.5-1.5B, Jet-Nemotron-2B
+equal         the same batch for all at 64K, windows made full, states in bf16: where the ratio comes from
+transformers  the library's own generate, at the paper's batches
+prefill       one prompt, in chunks
+others        Jet-Nemotron-4B, Llama, Gemma3 and Mamba2
+grid          the nine settings of Table 2 as JetBlocks, three of them with half and twice the state and context
+
+A line a point (jetlab.inference.sweep.COLUMNS): tokens/s are medians over n timings with their standard deviation, the floor is
+the longer of bytes at the speed of a copy and operations at that of a large product, both measured first; peak_gb is what
+PyTorch held. `batch` was looked for where no batch is named here: the memory model's, then tried. Lines are added to
+throughput.csv as they come, so that parts can run one after another.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import transformers
+
+from jetlab.inference import sweep
+from jetlab.inference.sweep import Point
+from jetlab.paths import resolve
+
+K = 1024
+CONTEXTS = [4 * K, 8 * K, 16 * K, 32 * K, 64 * K, 128 * K, 256 * K]
+QWEN3, QWEN25, JET = "Qwen3-1.7B-Base", "Qwen2.5-1.5B", "Jet-Nemotron-2B"
+OTHERS = ["Jet-Nemotron-4B", "Llama-3.2-1B", "Llama-3.2-3B", "Gemma3-1B"]
+H100_GB = 80.0
+ALLOWED = 1.5  # times the error that bf16 gives the model itself
+with resolve("paper/table2_hardware_aware_search.csv").open(encoding="utf-8") as lines:
+    TABLE_2 = [tuple(int(row[name]) for name in ("d_k", "d_v", "n_heads")) for row in csv.DictReader(lines)]
+
+
+def points(part: str) -> list[Point]:
+    if part == "decode":
+        rows = [Point(model, "decode", n, cap_gb=H100_GB) for model in (QWEN3, QWEN25, JET) for n in CONTEXTS]
+        rows += [Point(model, "decode", n) for model in (QWEN3, QWEN25, JET) for n in (64 * K, 256 * K)]
+        return rows + [Point(JET, "decode", n, batch=128) for n in (64 * K, 256 * K)]
+    if part == "equal":
+        variants = [(QWEN3, "float32"), (QWEN25, "float32"), (f"{JET} 4 full", "float32"), (JET, "float32")]
+        rows = [Point(model, "decode", 64 * K, batch=8, state=state) for model, state in [*variants, (JET, "bfloat16")]]
+        rows += [Point(f"{JET} 4 full", "decode", 64 * K, cap_gb=H100_GB)]
+        return rows + [Point(JET, "decode", n, cap_gb=H100_GB, state="bfloat16") for n in (4 * K, 64 * K, 256 * K)]
+    if (
+        part == "transformers"
+    ):  # batches of Table 11 and of the released commands; where they do not fit, the line says so
+        batches = [(QWEN3, 4 * K, 128), (QWEN3, 64 * K, 8), (QWEN3, 256 * K, 2), (QWEN25, 64 * K, 32)]
+        batches += [(JET, 4 * K, 128), (JET, 64 * K, 128), (JET, 256 * K, 64)]
+        rows = [Point(model, "decode", n, batch, runner="transformers") for model, n, batch in batches]
+        return rows + [Point(m, "prefill", 64 * K, 1, runner="transformers", repeats=3) for m in (QWEN3, QWEN25, JET)]
+    if part == "prefill":
+        return [
+            Point(model, "prefill", n, batch=1, repeats=3 if n < 100 * K else 2)
+            for model in (QWEN3, QWEN25, JET)
+            for n in CONTEXTS
+        ]
+    if part == "others":
+        rows = [Point(m, "decode", n, cap_gb=H100_GB) for m in OTHERS for n in (4 * K, 16 * K, 64 * K, 256 * K)]
+        rows += [Point("Mamba2-2.7B", "decode", 64 * K, batch=batch, cap_gb=H100_GB) for batch in (16, 128)]
+        return [*rows, Point("Jet-Nemotron-4B", "prefill", 64 * K, batch=1, repeats=3)]
+    settings = [f"{key}/{value}/{heads}" for key, value, heads in TABLE_2]
+    rows = [Point(f"{JET} {setting}", "decode", 64 * K, batch=128) for setting in settings]
+    for key, value, heads in (TABLE_2[0], (96, 256, 12), TABLE_2[-1]):
+        rows += [Point(f"{JET} {key}/{v}/{heads}", "decode", 64 * K, batch=128) for v in (value // 2, 2 * value)]
+        rows += [Point(f"{JET} {key}/{value}/{heads}", "decode", n, batch=128) for n in (32 * K, 128 * K)]
+    return rows
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes/s of a copy (read and written) and operations/s of an 8192³ product in bf16."""
+    source = torch.randn(2**30, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / sorted(sweep.seconds(lambda: target.copy_(source), 11))[5]
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return copy, 2 * 8192**3 / sorted(sweep.seconds(lambda: a @ b, 11))[5]
+
+
+def text(value) -> object:
+    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else value
+
+
+def main() -> None:
+    parts = ["decode", "equal", "transformers", "prefill", "others", "grid"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the record")
+    parser.add_argument("--part", nargs="+", choices=parts, default=parts)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/throughput.py measures on a CUDA device, and PyTorch sees none")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.set_verbosity_error()
+    began = time.perf_counter()
+    bytes_per_s, flops_per_s = ceilings()
+    torch.cuda.empty_cache()
+    print(f"copy {bytes_per_s / 1e12:.2f} TB/s, product {flops_per_s / 1e12:.0f} TFLOP/s", flush=True)
+    file = arguments.out / "throughput.csv"
+    new = not file.exists()
+    wanted = {point: None for part in arguments.part for point in points(part)}  # each once, in order
+    with file.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, sweep.COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for name, some in groupby(sorted(wanted, key=lambda point: point.model), key=lambda point: point.model):
+            sweep.clean()
+            model = sweep.build(name)
+            error, own = sweep.errors(model)
+            print(f"[{time.perf_counter() - began:4.0f} s] {name}: error {error:.1e}, its own {own:.1e}", flush=True)
+            if not error < ALLOWED * own:
+                print(f"{name}: the engine's error is more than {ALLOWED} times the model's own: not timed", flush=True)
+                continue
+            for point in some:
+                row = sweep.measure(model, point, bytes_per_s, flops_per_s)
+                row |= {"error": error, "own_error": own}
+                writer.writerow({column: text(row.get(column)) for column in sweep.COLUMNS})
+                stream.flush()
+                line = " ".join(str(text(row.get(column))) for column in sweep.COLUMNS)
+                print(f"[{time.perf_counter() - began:4.0f} s] {line}", flush=True)
+            del model
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
+    environment = {"device": torch.cuda.get_device_name()} | versions
+    environment |= {"bytes_per_s": float(f"{bytes_per_s:.4g}"), "flops_per_s": float(f"{flops_per_s:.4g}")}
+    (arguments.out / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    (arguments.out / "command.txt").write_text("python " + " ".join(sys.argv) + "\n")
+
+
+if __name__ == "__main__":
+    main()

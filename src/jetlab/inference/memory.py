@@ -1,0 +1,106 @@
+"""What an engine takes of a device's memory, and the largest batch that fits: first in closed form, then tried."""
+
+import gc
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from jetlab.inference.cache import ATTENTION_KINDS, layer_kinds
+from jetlab.layers.dims import BlockDims
+
+GB = 1e9
+
+
+def kv_bytes(config, max_len: int, dtype: torch.dtype) -> int:
+    """Keys and values of one sequence: 2 · Hkv · d · bytes · Σ_layers min(max_len, window)."""
+    kinds = layer_kinds(config)
+    if not set(kinds) & set(ATTENTION_KINDS):
+        return 0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slots = sum(max_len for kind in kinds if kind == "attention")
+    slots += sum(min(max_len, config.sliding_window) for kind in kinds if kind == "sliding_attention")
+    return 2 * config.num_key_value_heads * head_dim * dtype.itemsize * slots
+
+
+def state_bytes(model: PreTrainedModel, state_dtype: torch.dtype | None = None) -> int:
+    """States of one sequence in all recurrent layers, the columns that convolutions carry included."""
+    config = model.config
+    if config.model_type == "mamba2":
+        inner = config.num_heads * config.head_dim
+        columns = (inner + 2 * config.n_groups * config.state_size) * config.conv_kernel
+        return config.num_hidden_layers * (4 * inner * config.state_size + model.dtype.itemsize * columns)
+    total = 0
+    for layer, kind in zip(getattr(model.model, "layers", ()), layer_kinds(config), strict=True):
+        if kind in ATTENTION_KINDS:
+            continue
+        mixer: nn.Module = layer.self_attn
+        total += mixer.state_bytes(1, model.dtype)
+        dims: BlockDims | None = getattr(mixer, "dims", None)
+        if state_dtype is not None and dims is not None:
+            total += (state_dtype.itemsize - max(4, model.dtype.itemsize)) * dims.state_size
+    return total
+
+
+def activation_bytes(model: PreTrainedModel, n_tokens: int) -> int:
+    """About what reading `n_tokens` tokens at once takes beside the cache: (5 d_ff + 24 d_model) numbers a token."""
+    config = model.config
+    d_ff = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
+    return n_tokens * (5 * d_ff + 24 * config.hidden_size) * model.dtype.itemsize
+
+
+def engine_bytes(
+    model: PreTrainedModel, batch_size: int, max_len: int, n_tokens: int, state_dtype: torch.dtype | None = None
+) -> int:
+    """What an engine takes beside the weights: cache and states of its rows, a prompt's activations, three sets of logits."""
+    row = kv_bytes(model.config, max_len, model.dtype) + state_bytes(model, state_dtype)
+    row += 3 * model.config.vocab_size * model.dtype.itemsize
+    return batch_size * row + activation_bytes(model, n_tokens)
+
+
+def available_bytes(device: torch.device) -> int:
+    """What this process may still take: on a GPU within torch.cuda.set_per_process_memory_fraction."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - allocated
+    return int(min(free + reserved - allocated, allowed))
+
+
+def check(model: PreTrainedModel, need: int, device: torch.device, batch_size: int, max_len: int) -> None:
+    """Raises MemoryError if `need` bytes are not there, with both numbers and the largest batch that fits."""
+    there = available_bytes(device)
+    if need <= there:
+        return
+    row = (engine_bytes(model, 2, max_len, 0) - engine_bytes(model, 1, max_len, 0)) or 1
+    fits = max(0, int((there - (need - batch_size * row)) // row))
+    raise MemoryError(
+        f"an engine for {batch_size} sequences of {max_len} tokens needs {need / GB:,.2f} GB beside the weights, "
+        f"{there / GB:,.2f} GB are there; the largest batch that fits is {fits}"
+        + ("" if fits else ", so shorten the context, or prefill_tokens, or take a larger device")
+    )
+
+
+def largest_batch(works: Callable[[int], bool], estimate: int, *, step: float = 0.02) -> int:
+    """The largest batch for which `works(batch)` holds, near an estimate; 0 if none does.
+
+    Goes down from the estimate by `step` of it until one works, or up until one fails. `works` must leave no memory taken.
+    """
+
+    def tried(batch: int) -> bool:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return works(batch)
+
+    batch, stride = max(1, estimate), max(1, round(step * estimate))
+    if tried(batch):
+        while tried(batch + stride):
+            batch += stride
+        return batch
+    while batch > 0 and not tried(batch):
+        batch = batch - stride if batch > stride or batch == 1 else 1
+    return max(0, batch)
