@@ -38,12 +38,14 @@ import torch
 import triton
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jetlab.layers.dims import BlockDims
 from jetlab.layers.init import decay_parameters
 from jetlab.layers.jetblock import JetBlock
 from jetlab.layers.norm import GatedRMSNorm
 from jetlab.ops import (
+    decode_attention,
     gated_delta_rule,
     gated_linear_attention,
     generated_conv,
@@ -381,6 +383,37 @@ def steps(B: int, state_dtype: torch.dtype, ceiling: dict[str, float], repeats: 
 
 
 @torch.no_grad()
+def token_attention(B: int, H: int, HKV: int, C: int, D: int, ceiling: dict[str, float], repeats: int) -> list[dict]:
+    """A token over a full cache of C slots; checked on one row, since in fp64 all of them would not fit.
+
+    The peer is PyTorch's cuDNN backend, which is told the length when it is called: no captured graph can grow with it.
+    """
+    q, keys, values = draw(B, H, D), *(draw(B, HKV, C, D, seed=seed) for seed in (1, 2))
+    end = torch.tensor(C, device="cuda")
+
+    def ours() -> Tensor:
+        return decode_attention(q, keys, values, end=end, backend="triton")
+
+    def cudnn() -> Tensor:
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            return F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+
+    exact = decode_attention(*(x[-1:].double() for x in (q, keys, values)), end=end, backend="reference")
+    first_s = first_call(ours)
+    with poisoned():
+        error = relative_error(ours()[-1:], exact)
+    n_bytes, flops = keys.nbytes + values.nbytes + 2 * q.nbytes, 4.0 * B * H * C * D
+    row = {"op": "decode_attention", "pass": "decode", "shape": f"{B}x{H}/{HKV}x{C}x{D}", "dtype": "bfloat16"}
+    row |= {"peer": "cudnn", "flops": flops, "bytes": n_bytes, "first_s": first_s, "max_rel_error": error}
+    row |= {"checked": "yes" if error < BOUND else "no", "peer_error": relative_error(cudnn()[-1:], exact)}
+    row["floor_ms"] = n_bytes / ceiling["bytes_per_s"] * 1e3
+    row["ms"] = milliseconds(ours, repeats) if error < BOUND else None
+    row["peer_ms"] = milliseconds(cudnn, repeats)
+    show(row)
+    return [row]
+
+
+@torch.no_grad()
 def state_format(n_steps: int = 65_536, B: int = 2) -> list[dict]:
     """Outputs and state of one head group after so many steps with the state in bf16 and in fp32, against fp64.
 
@@ -429,6 +462,13 @@ def write(path: Path, rows: list[dict], columns: list[str]) -> None:
         writer.writerows({name: text(row.get(name)) for name in columns} for row in rows)
 
 
+TOKENS = [  # rows, query and key-value heads, slots, channels: Jet-Nemotron-2B at 64K and its window, Qwen3-1.7B, Gemma3-1B
+    (128, 12, 2, 65536, 128),
+    (128, 12, 2, 1152, 128),
+    (16, 16, 8, 65536, 128),
+    (128, 16, 8, 4096, 128),
+    (32, 4, 1, 65536, 256),
+]
 CASES: dict[str, list[Callable[[], Case]]] = {
     "delta": [
         lambda: recurrence(4, 4096, 12, 96, 256, delta=True),
@@ -451,12 +491,13 @@ CASES: dict[str, list[Callable[[], Case]]] = {
     ],
     "layer": [lambda: layer(4, 4096)],
 }
+OTHERS = ("step", "token", "format")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
-    parser.add_argument("--only", nargs="+", choices=[*CASES, "step", "format"], default=[*CASES, "step", "format"])
+    parser.add_argument("--only", nargs="+", choices=[*CASES, *OTHERS], default=[*CASES, *OTHERS])
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of each side (default 30)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -478,6 +519,9 @@ def main() -> None:
         for state_dtype in (torch.float32, torch.bfloat16):
             for B in (1, 16, 128, 256):
                 rows += steps(B, state_dtype, ceiling, arguments.repeats)
+    if "token" in arguments.only:
+        for shape in TOKENS:
+            rows += token_attention(*shape, ceiling, arguments.repeats)
     write(arguments.out / "kernels.csv", rows, COLUMNS)
     if "format" in arguments.only:
         write(arguments.out / "state_format.csv", state_format(), ["step", "state", "output_error", "state_error"])

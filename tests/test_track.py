@@ -8,7 +8,7 @@ import torch
 
 from jetlab import paths
 from jetlab.seeding import derive, generator, rng, seed_everything
-from jetlab.track import MAX_METRICS, Results, kernel_records, recorded
+from jetlab.track import MAX_METRICS, Results, machine_records, recorded
 
 
 def lines(path: Path) -> list[str]:
@@ -165,9 +165,9 @@ def test_a_record_is_shown_where_it_is_complete_and_else_the_own_run(tmp_path, m
     assert "committed record" in capsys.readouterr().out
 
 
-def test_kernel_records_are_the_finished_runs_of_all_machines(tmp_path, monkeypatch, capsys):
+def test_machine_records_are_the_finished_runs_of_all_machines(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    assert kernel_records() == []
+    assert machine_records("kernels") == []
     assert capsys.readouterr().out.count("\n") == 1
     for machine in ("h200", "h100", "unfinished"):
         folder = tmp_path / "records" / machine / "kernels"
@@ -177,7 +177,7 @@ def test_kernel_records_are_the_finished_runs_of_all_machines(tmp_path, monkeypa
             (folder / "environment.json").write_text(json.dumps({"device": machine.upper()}))
     (tmp_path / "records/h100/tuning").mkdir()
     (tmp_path / "records/h100/tuning/environment.json").write_text("{}")
-    found = kernel_records()
+    found = machine_records("kernels")
     assert [record.environment()["device"] for record in found] == ["H100", "H200"]
     assert [record.table("kernels").op.tolist() for record in found] == [["h100"], ["h200"]]
     assert "h100" in capsys.readouterr().out

@@ -157,6 +157,7 @@ def curve(
             raise ValueError(f"a curve needs a row with {x!r} and {column!r}, got none; columns: {sorted(rows[0])}")
         name = str(column if g is None else g if len(columns) == 1 else f"{g}, {column}")
         key = name if len(columns) == 1 or g is None else str(g)
+        position = groups.index(g) if len(columns) > 1 and g is not None else position  # lines of a group look alike
         style = {
             "color": colour(key, position),
             "label": name if len(lines) > 1 or baselines else None,
@@ -379,6 +380,33 @@ def waterfall(
     return fig
 
 
+def factors(steps: Sequence[str], values: Sequence[float], floors: Sequence[float], *, title: str = "", ax=None):
+    """Factors that multiply, one bar a step from 1 on a logarithmic axis; hollow diamonds are the factors expected of `floors`.
+
+    Returns the Figure. Raises ValueError if a factor is not positive or the lengths differ.
+    """
+    fig, ax = _axes(ax, "gain over the step above [ratio]", "change", title, categories="y")
+    if not len(steps) == len(values) == len(floors):
+        raise ValueError(f"each step needs a factor and a floor's, got {len(steps)}, {len(values)} and {len(floors)}")
+    if min(*values, *floors) <= 0:
+        raise ValueError(f"factors must be positive, got {list(values)} and {list(floors)}; give ratios of speeds")
+    places = range(len(steps))
+    ax.barh(places, [value - 1 for value in values], left=1, height=0.55, color="#0072b2")
+    ax.plot(floors, places, linestyle="", marker="D", fillstyle="none", color="#222222", label="floors")
+    for place, value, floor in zip(places, values, floors, strict=True):
+        beyond = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        ax.annotate(f"{value:.2f} ×", (max(value, floor, 1.0), place), **beyond)
+    ax.set(xscale="log", xlim=(0.8, 1.8 * max(*values, *floors)))
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50) if tick < 1.8 * max(*values, *floors)]
+    ax.set_xticks(ticks, [f"{tick} ×" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_yticks(places, list(steps))
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.legend(loc="lower right")
+    return fig
+
+
 def heat_map(
     matrix: Sequence[Sequence[float]],
     x_labels: Sequence[Any],
@@ -494,7 +522,7 @@ def roofline(kernels, bytes_per_s: float, flops_per_s: float, *, title: str = ""
     ops = list(dict.fromkeys(row["op"] for row in rows))
     markers = dict(zip(dict.fromkeys(["ours", *(row["peer"] for row in rows)]), MARKERS, strict=False))
     panels = [own for back in (False, True) if (own := [row for row in rows if ("backward" in row["pass"]) == back])]
-    fig, axes = figure(1, len(panels), width=6.2 * len(panels), height=5.0, squeeze=False)
+    fig, axes = figure(1, len(panels), width=5.6 * len(panels), height=4.6, squeeze=False)
     labels = {"x_label": "operations per byte [FLOP/B]", "y_label": "speed [TFLOP/s]"}
     clouds = {}
     for ax, own in zip(axes.flat, panels, strict=True):

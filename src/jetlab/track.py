@@ -1,7 +1,7 @@
 """What a stage writes: headline numbers, estimates with errors, curves, figures and the choice it hands on.
 
 A file appears whole or not at all, in fixed order and rounding, without time, host or path: equal runs, equal bytes.
-`to_show`, `recorded`, `kernel_records` and `upstream` are the other direction: what a notebook reads of its own stage, of
+`to_show`, `recorded`, `machine_records` and `upstream` are the other direction: what a notebook reads of its own stage, of
 records and of the stages before it.
 """
 
@@ -165,19 +165,19 @@ def recorded(name: str, out_dir: str | Path) -> Written:
     return Written(resolve(out_dir))
 
 
-def kernel_records() -> list[Written]:
-    """What benchmarks/kernels.py left in records/*/kernels, a folder for each machine, by name; prints which, or that none is.
+def machine_records(name: str) -> list[Written]:
+    """What benchmarks/`name`.py left in records/*/`name`, a folder for each machine, by name; prints which, or that none is.
 
-    A folder counts once its run is over: environment.json is written after the last line of kernels.csv.
+    A folder counts once its run is over: environment.json is written after the last line of `name`.csv.
     """
-    folders = sorted(file.parent for file in resolve("records").glob("*/kernels/environment.json"))
-    folders = [folder for folder in folders if (folder / "kernels.csv").is_file()]
+    folders = sorted(file.parent for file in resolve("records").glob(f"*/{name}/environment.json"))
+    folders = [folder for folder in folders if (folder / f"{name}.csv").is_file()]
     if folders:
-        print(f"The kernels are those of {', '.join(map(shown, folders))}, made by the command beside each.")
-    else:
         print(
-            "No run of benchmarks/kernels.py on a GPU is committed yet (records/*/kernels): there is nothing to show."
+            f"The records of benchmarks/{name}.py are {', '.join(map(shown, folders))}, made by the command beside each."
         )
+    else:
+        print(f"No run of benchmarks/{name}.py on a GPU is committed yet (records/*/{name}): there is nothing to show.")
     return [Written(folder) for folder in folders]
 
 

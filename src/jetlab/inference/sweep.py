@@ -274,15 +274,20 @@ def measure(model: PreTrainedModel, point: Point, bytes_per_s: float, flops_per_
     with capped(point.cap_gb), torch.inference_mode():
         try:
             batch = largest(model, point) if point.batch is None else point.batch
-            row["batch"] = batch
-            clean()
-            if batch < 1:
-                raise MemoryError
-            row |= RUNS[point.runner, point.phase](model, point, batch)
         except (torch.OutOfMemoryError, MemoryError):
+            batch = 0
+        found, tries = None, 1 if point.batch else 4  # a batch that ran once may not find its memory in one piece again
+        while batch and found is None and tries:
+            row["batch"], tries = batch, tries - 1
+            clean()
+            try:
+                found = RUNS[point.runner, point.phase](model, point, batch)
+            except (torch.OutOfMemoryError, MemoryError):
+                batch -= math.ceil(batch / 100) if tries else 0
+        if found is None:
             clean()
             return row | {"status": "out of memory"}
-        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row |= found | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9}
     size = 2 if point.state == "bfloat16" else 4
     if point.phase == "decode":
         seen = point.context + N_STEPS // 2

@@ -1,0 +1,208 @@
+"""The engine gives what `generate` gives, for every kind of decoder, however prompts are cut, batched and padded."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from jetlab.hf import JetNemotronConfig, JetNemotronForCausalLM
+from jetlab.inference import memory
+from jetlab.inference.engine import Engine, Sampling
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WIDTHS = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+WIDTHS |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+HEADS = WIDTHS | {"head_dim": 8}
+SLIDING = ["sliding_attention", "full_attention"] * 2
+MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8}
+BLOCKS = ["jetblock", "gated_deltanet", "deltanet", "gla", "mamba2", "retnet", "rwkv7"]
+MODELS = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDTHS)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**HEADS)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDTHS)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**HEADS, sliding_window=5, layer_types=SLIDING)),
+    "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(**MAMBA, n_groups=2, chunk_size=4)),
+} | {f"jet-{kind}": lambda kind=kind: jet(kind) for kind in BLOCKS}
+PROMPTS = [list(range(1, 14)), [5, 6, 7], list(range(20, 41))]
+N_NEW = 12
+
+
+def jet(kind):
+    blocks = {"sliding_attention": {"window_size": 5}}
+    blocks[kind] = {"num_heads": 2, "head_dim": 8, "expand_v": 2.0, "norm_eps": 1e-5, "conv_size": 4}
+    kinds = [kind, "attention", "sliding_attention", kind]
+    return JetNemotronForCausalLM(JetNemotronConfig(**WIDTHS, layer_kinds=kinds, efficient_attention_config=blocks))
+
+
+def made(name):
+    """Weights so large that tokens depend on the whole prompt and no two logits are near each other."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model.to(DEVICE).eval()
+
+
+def generated(model, prompts, **options):
+    """What the model's own generate adds to prompts padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+    options = {"max_new_tokens": N_NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    return model.generate(ids, attention_mask=mask, **options)[:, longest:].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_are_those_of_generate(name):
+    model = made(name)
+    expected = generated(model, PROMPTS)
+    assert len({tuple(row) for row in expected}) == 3
+    for chunk, at_once in ((64, 4096), (4, 4), (7, 14)):  # one chunk; row after row; two rows at a time, a ragged end
+        engine = Engine(model, batch_size=3, max_len=21 + N_NEW, prefill_chunk=chunk, prefill_tokens=at_once)
+        assert engine.generate(PROMPTS, N_NEW) == expected
+        assert engine.generate(PROMPTS, N_NEW) == expected  # nothing of the first run is left
+        assert engine.generate(PROMPTS[1:2], N_NEW) == generated(model, PROMPTS[1:2])  # a short one behind a long one
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "jet-jetblock"])
+def test_logits_do_not_depend_on_how_a_text_is_cut(name):
+    model = made(name)
+    text = list(range(3, 40))
+    with torch.no_grad():
+        exact = model(torch.tensor([text], device=DEVICE)).logits[0]
+    engine = Engine(model, batch_size=1, max_len=64, prefill_chunk=9)
+    for cut in (1, 8, 9, 30):
+        found = [engine.prefill([text[:cut]])[0].clone()]
+        found += [engine.step(torch.tensor([token], device=DEVICE))[0].clone() for token in text[cut:]]
+        torch.testing.assert_close(torch.stack(found), exact[cut - 1 :], rtol=2e-3, atol=2e-3)
+
+
+def test_more_prompts_than_rows_take_turns():
+    model = made("qwen2")
+    engine = Engine(model, batch_size=2, max_len=40)
+    assert engine.generate(PROMPTS, 5) == generated(model, PROMPTS, max_new_tokens=5)
+
+
+def test_answers_end_at_an_end_token_each_by_itself():
+    model = made("qwen3")
+    free = generated(model, PROMPTS)
+    ends = [free[0][3], free[2][6]]
+    engine = Engine(model, batch_size=3, max_len=40)
+    for row, answer in zip(free, engine.generate(PROMPTS, N_NEW, eos_token_id=ends), strict=True):
+        stop = min((i for i, token in enumerate(row) if token in ends), default=N_NEW - 1)
+        assert answer == row[: stop + 1]
+
+
+@pytest.mark.parametrize("name", ["llama", "jet-jetblock"])
+def test_sampling_draws_what_generate_draws(name):
+    model = made(name)
+    options = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
+    torch.manual_seed(5)
+    expected = generated(model, PROMPTS, do_sample=True, **options)
+    engine = Engine(model, batch_size=3, max_len=40)
+    torch.manual_seed(5)
+    assert engine.generate(PROMPTS, N_NEW, sampling=Sampling(**options)) == expected
+    assert engine.generate(PROMPTS, N_NEW) != expected
+
+
+def test_a_generator_of_its_own_repeats_and_leaves_the_global_one_alone():
+    engine = Engine(made("qwen2"), batch_size=3, max_len=40)
+    before = torch.get_rng_state()
+    runs = [
+        engine.generate(PROMPTS, 5, sampling=Sampling(), generator=torch.Generator(DEVICE).manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+    if DEVICE == "cpu":
+        assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_model_has_its_own_attention_again_afterwards():
+    model = made("qwen2")
+    before = model.config._attn_implementation
+    Engine(model, batch_size=1, max_len=8).generate([[1, 2]], 2)
+    assert model.config._attn_implementation == before
+
+
+def test_states_in_bf16_take_half_the_bytes_and_change_little():
+    model = made("jet-jetblock")
+    engines = [Engine(model, batch_size=1, max_len=40, state_dtype=dtype) for dtype in (None, torch.bfloat16)]
+    logits = [engine.prefill([PROMPTS[0]]).clone() for engine in engines]
+    for _ in range(4):
+        logits = [engine.step(torch.tensor([9], device=DEVICE)).clone() for engine in engines]
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < error < 0.05
+    full, half = (engine.cache.nbytes() for engine in engines)
+    assert full - half == 2 * 2 * (2 * 8 * 16)  # two layers, two bytes of each number of their matrices
+
+
+def test_a_window_keeps_no_more_than_its_tokens():
+    engine = Engine(made("gemma3"), batch_size=2, max_len=4096)
+    assert [layer.keys.shape[2] for layer in engine.cache.layers] == [5, 4096, 5, 4096]
+
+
+def test_the_memory_model_counts_what_is_allocated():
+    for name in ("qwen2", "gemma3", "jet-jetblock", "jet-gla"):
+        model = made(name)
+        engine = Engine(model, batch_size=3, max_len=50)
+        row = memory.kv_bytes(model.config, 50, model.dtype) + memory.state_bytes(model)
+        assert engine.cache.nbytes() == 3 * row
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
+    model = made("qwen2")
+    row = memory.engine_bytes(model, 1, 100, 0)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10 * row + memory.activation_bytes(model, 64))
+    Engine(model, batch_size=10, max_len=100, prefill_chunk=64, prefill_tokens=64)
+    with pytest.raises(
+        MemoryError, match=r"11 sequences of 100 tokens needs .* are there; the largest batch that fits is 10"
+    ):
+        Engine(model, batch_size=11, max_len=100, prefill_chunk=64, prefill_tokens=64)
+    with pytest.raises(MemoryError, match="the largest batch that fits is 0, so shorten the context"):
+        Engine(model, batch_size=1, max_len=2000, prefill_chunk=64, prefill_tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n_new", "message"),
+    [
+        ([], 1, "at least one token, got none"),
+        ([[1], []], 1, "at least one token, got none or an empty one"),
+        ([list(range(9))], 4, r"max_len = 12 tokens, got 9 \+ 4"),
+    ],
+)
+def test_refuses_prompts_that_it_cannot_answer(prompts, n_new, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(made("qwen2"), batch_size=2, max_len=12).generate(prompts, n_new)
+
+
+def test_refuses_a_step_beyond_the_cache_and_sizes_below_one():
+    engine = Engine(made("qwen2"), batch_size=1, max_len=3)
+    engine.prefill([[1, 2, 3]])
+    with pytest.raises(ValueError, match="max_len = 3 tokens and is full"):
+        engine.step()
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        Engine(made("qwen2"), batch_size=0, max_len=3)
+    with pytest.raises(ValueError, match="at most batch_size = 1 prompts at once, got 2"):
+        engine.prefill([[1], [2]])
+
+
+def test_the_largest_batch_is_tried_from_the_estimate_up_and_down():
+    for limit in (1, 7, 100, 133):
+        asked = []
+        works = lambda batch, limit=limit, asked=asked: asked.append(batch) or batch <= limit  # noqa: E731
+        found = memory.largest_batch(works, 100)
+        assert limit - 1 <= found <= limit
+        assert found in asked
+    assert memory.largest_batch(lambda batch: False, 50) == 0
