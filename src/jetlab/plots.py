@@ -522,7 +522,7 @@ def roofline(kernels, bytes_per_s: float, flops_per_s: float, *, title: str = ""
     ops = list(dict.fromkeys(row["op"] for row in rows))
     markers = dict(zip(dict.fromkeys(["ours", *(row["peer"] for row in rows)]), MARKERS, strict=False))
     panels = [own for back in (False, True) if (own := [row for row in rows if ("backward" in row["pass"]) == back])]
-    fig, axes = figure(1, len(panels), width=5.6 * len(panels), height=4.6, squeeze=False)
+    fig, axes = figure(1, len(panels), width=5.0 * len(panels), height=4.2, squeeze=False)
     labels = {"x_label": "operations per byte [FLOP/B]", "y_label": "speed [TFLOP/s]"}
     clouds = {}
     for ax, own in zip(axes.flat, panels, strict=True):

@@ -89,7 +89,7 @@ def steps(rows: Sequence[Mapping], context: int, *, batch: int | None, cap_gb: f
 def efficiency(rows: Iterable[Mapping], *, up_to: int = FITTED_UP_TO) -> float:
     """One number for a machine: the median fraction of the floor at which the engine decodes contexts of at most `up_to`.
 
-    Rows at the largest batch alone. Raises ValueError if there are none.
+    Rows at the largest batch within a cap alone. Raises ValueError if there are none.
     """
     fractions = [row["fraction_of_floor"] for row in _largest(rows) if row["context"] <= up_to]
     if not fractions:
@@ -118,17 +118,14 @@ def elsewhere(device: str, context: int, share: float, *models: str) -> dict[str
 
 
 def _largest(rows: Iterable[Mapping]) -> list[Mapping]:
-    """Decoding rows of published models in the engine at the largest batch, states in fp32.
-
-    Without Mamba2, whose recurrence in Transformers runs op by op: it says nothing about how near an engine comes to memory.
-    """
+    """Decoding rows of published models in the engine at the largest batch within a cap, states in fp32."""
+    wanted = ("engine", "decode", "float32", "ok")
     return [
         row
         for row in rows
-        if (row["runner"], row["phase"], row["state"], row["status"]) == ("engine", "decode", "float32", "ok")
+        if (row["runner"], row["phase"], row["state"], row["status"]) == wanted
+        and not _absent(row["cap_gb"])
         and " " not in row["model"]
-        and not row["model"].startswith("Mamba2")
-        and (not _absent(row["cap_gb"]) or row["batch"] not in (8, 128))
     ]
 
 

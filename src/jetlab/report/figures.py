@@ -224,7 +224,7 @@ def throughput(study: Study):
 
 
 def speedup(study: Study):
-    """Decoding gain over context: printed in Fig 6, allowed by memory traffic on an H100, measured here."""
+    """Decoding gain over context: printed in Fig 6, allowed by memory traffic on an H100, measured on an H200 and here."""
     jet, qwen = zoo.shape("Jet-Nemotron-2B"), zoo.shape("Qwen3-1.7B-Base")
     rows = []
     for row in study.paper["fig6_speedup_vs_qwen3_1_7b"]:
@@ -232,6 +232,8 @@ def speedup(study: Study):
         floor = roofline.decode_speedup(qwen, jet, n, roofline.DEVICES["H100"])
         rows += [{"context": n, "what": "paper, H100", "ratio": row["decode_speedup"]}]
         rows += [{"context": n, "what": "allowed by memory traffic, H100", "ratio": floor}]
+        if measured := study.get("throughput", f"gpu_decode_qwen3_{int(n)}"):
+            rows += [{"context": n, "what": "our engine, H200", "ratio": measured.value}]
     rows += [{"context": n, "what": "miniature, CPU", "ratio": e.value} for n, e in speedups(study, "decode").items()]
     return plots.curve(
         rows,

@@ -1,0 +1,99 @@
+"""The sweep: what it builds and how it counts; what needs a GPU runs where there is one."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from jetlab.inference import memory, roofline, sweep
+from jetlab.models import zoo
+
+
+def tiny():
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=1200, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    return sweep.draw_weights(Qwen2ForCausalLM(config)).eval()
+
+
+def test_shapes_derived_from_the_published_one_are_what_their_name_says():
+    full = sweep.shape_of("Jet-Nemotron-2B 4 full")
+    assert full.count("attention") == 4 and full.count("sliding_attention") == 0
+    wide = sweep.shape_of("Jet-Nemotron-2B 256/288/4")
+    assert (wide.linear.n_heads, wide.linear.head_dim, wide.linear.head_dim_v) == (4, 256, 288)
+    assert roofline.state_bytes(wide) == roofline.state_bytes(zoo.shape("Jet-Nemotron-2B"))
+    for shape in (full, wide):
+        model = zoo.build("Jet-Nemotron-2B", derived=shape)
+        assert sum(p.numel() for p in model.parameters()) == zoo.n_params(shape)
+
+
+def test_drawn_weights_depend_on_the_seed_alone_and_leave_norms_at_one():
+    first, again = tiny(), tiny()
+    for (name, x), y in zip(first.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(x, y)
+        if "norm" in name:
+            assert bool((x == 1).all())
+    assert 0.015 < first.model.layers[0].mlp.up_proj.weight.std() < 0.025
+
+
+def test_the_engines_error_is_held_against_the_models_own():
+    error, own = sweep.errors(tiny(), n_tokens=130)
+    assert own == 0.0  # fp32 against fp32
+    assert error < 1e-4
+
+
+def test_a_wrong_engine_shows(monkeypatch):
+    monkeypatch.setattr(sweep.Engine, "_check", lambda *_: None)
+    step = sweep.Engine.step
+    monkeypatch.setattr(sweep.Engine, "step", lambda self, tokens: step(self, tokens.roll(1)))
+    error, _ = sweep.errors(tiny(), n_tokens=130)
+    assert error > 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a sweep measures a GPU and its memory")
+def test_what_does_not_fit_is_a_line_and_the_next_point_runs():
+    model = tiny().to("cuda", torch.bfloat16)
+    points = [sweep.Point("Qwen2.5-1.5B", "decode", 256, batch=batch, chunk=64, repeats=2) for batch in (10**7, 2)]
+    rows = [sweep.measure(model, point, 4e12, 8e14) for point in points]
+    assert [row["status"] for row in rows] == ["out of memory", "ok"]
+    assert "tokens_per_s" not in rows[0] and rows[1]["tokens_per_s"] > 0
+
+
+def test_out_of_memory_is_a_line_and_not_the_end(monkeypatch):
+    def fails(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setitem(sweep.RUNS, ("engine", "decode"), fails)
+    monkeypatch.setattr(sweep, "clean", lambda: None)
+    monkeypatch.setattr(sweep, "capped", lambda cap_gb: torch.no_grad())
+    row = sweep.measure(None, sweep.Point("Qwen2.5-1.5B", "decode", 256, batch=4), 4e12, 8e14)
+    assert (row["status"], row["batch"]) == ("out of memory", 4)
+    assert set(row) <= set(sweep.COLUMNS)
+
+
+def test_a_batch_that_was_looked_for_gives_way_when_it_no_longer_fits(monkeypatch):
+    asked = []
+
+    def fits_below(limit):
+        def run(model, point, batch):
+            asked.append(batch)
+            if batch >= limit:
+                raise MemoryError("no room")
+            return {"ms": 1.0, "tokens_per_s": 1.0}
+
+        return run
+
+    monkeypatch.setattr(sweep, "largest", lambda model, point: 200)
+    monkeypatch.setattr(sweep, "clean", lambda: None)
+    monkeypatch.setattr(sweep, "capped", lambda cap_gb: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7e9)
+    monkeypatch.setitem(sweep.RUNS, ("engine", "decode"), fits_below(197))
+    row = sweep.measure(None, sweep.Point("Qwen2.5-1.5B", "decode", 256), 4e12, 8e14)
+    assert asked == [200, 198, 196]
+    assert (row["batch"], row["status"], row["peak_gb"]) == (196, "ok", 7.0)
+    floor_s = roofline.decode_bytes(zoo.shape("Qwen2.5-1.5B"), 264, 196) / 4e12
+    assert row["fraction_of_floor"] == pytest.approx(floor_s / 1e-3)
+
+
+def test_memory_is_freed_down_to_nothing():
+    assert memory.largest_batch(lambda batch: batch <= 1, 3) == 1
