@@ -193,3 +193,29 @@ def test_the_names_in_a_roofline_cover_neither_each_other_nor_a_dot():
     for name, box in boxes.items():
         assert not box.count_overlaps([other for key, other in boxes.items() if key != name]), name
         assert not any(box.count_contains(points) for points in dots), name
+
+
+def test_factors_start_at_one_and_show_what_the_floors_say():
+    fig = plots.factors(["first", "second"], [4.0, 0.9], [3.0, 1.1], title="chain")
+    (ax,) = fig.axes
+    bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    assert bars == [(1, 3.0), (1, pytest.approx(-0.1))]
+    assert list(ax.lines[0].get_xdata()) == [3.0, 1.1]
+    assert [text.get_text() for text in ax.texts] == ["4.00 ×", "0.90 ×"]
+    assert ax.get_xscale() == "log" and ax.yaxis_inverted()
+
+
+@pytest.mark.parametrize(
+    ("values", "floors", "message"),
+    [([1.0], [1.0, 2.0], "got 2, 1 and 2"), ([1.0, 0.0], [1.0, 1.0], "must be positive")],
+)
+def test_factors_refuse_what_does_not_multiply(values, floors, message):
+    with pytest.raises(ValueError, match=message):
+        plots.factors(["first", "second"], values, floors)
+
+
+def test_columns_of_one_group_share_a_colour():
+    rows = [{"x": x, "g": g, "a": x, "b": 2 * x} for x in (1, 2) for g in ("one", "other")]
+    fig = plots.curve(rows, "x", ["a", "b"], group="g", x_label="x [1]", y_label="y [1]")
+    colours = [line.get_color() for line in fig.axes[0].lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
