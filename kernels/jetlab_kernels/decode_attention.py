@@ -44,7 +44,7 @@ def _split(
 ):  # fmt: skip
     """Grid (P, B · Hkv): one program owns a run of slots of one key-value head of one row."""
     i_p, i_bh = tl.program_id(0), tl.program_id(1)
-    i_b, i_h = (i_bh // HKV).to(tl.int64), i_bh % HKV
+    i_b, i_h = (i_bh // HKV).to(tl.int64), (i_bh % HKV).to(tl.int64)
     end = tl.load(end_ptr).to(tl.int32)
     start = 0
     if start_ptr is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from jetlab.inference import memory, roofline, sweep
+from jetlab.inference import roofline, sweep
 from jetlab.models import zoo
 
 
@@ -36,17 +36,18 @@ def test_drawn_weights_depend_on_the_seed_alone_and_leave_norms_at_one():
 
 
 def test_the_engines_error_is_held_against_the_models_own():
-    error, own = sweep.errors(tiny(), n_tokens=130)
-    assert own == 0.0  # fp32 against fp32
-    assert error < 1e-4
+    found = sweep.errors(tiny(), n_tokens=130, chunk=32)
+    assert found["own_error"] == 0.0  # its format is fp32 already
+    assert found["error"] == found["exact_error"] < 1e-4
+    rounded = sweep.errors(tiny().bfloat16(), n_tokens=130, chunk=32)
+    assert rounded["exact_error"] < 1e-4
+    assert 1e-3 < rounded["own_error"] < 0.1 and 1e-3 < rounded["error"] < 2 * rounded["own_error"]
 
 
 def test_a_wrong_engine_shows(monkeypatch):
-    monkeypatch.setattr(sweep.Engine, "_check", lambda *_: None)
     step = sweep.Engine.step
     monkeypatch.setattr(sweep.Engine, "step", lambda self, tokens: step(self, tokens.roll(1)))
-    error, _ = sweep.errors(tiny(), n_tokens=130)
-    assert error > 0.1
+    assert sweep.errors(tiny(), n_tokens=130, chunk=32)["exact_error"] > 0.1
 
 
 @pytest.mark.gpu
@@ -95,5 +96,13 @@ def test_a_batch_that_was_looked_for_gives_way_when_it_no_longer_fits(monkeypatc
     assert row["fraction_of_floor"] == pytest.approx(floor_s / 1e-3)
 
 
-def test_memory_is_freed_down_to_nothing():
-    assert memory.largest_batch(lambda batch: batch <= 1, 3) == 1
+def test_other_failures_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setitem(sweep.RUNS, ("engine", "decode"), fails)
+    monkeypatch.setattr(sweep, "clean", lambda: None)
+    monkeypatch.setattr(sweep, "capped", lambda cap_gb: torch.no_grad())
+    with pytest.raises(RuntimeError, match="illegal"):
+        sweep.measure(None, sweep.Point("Qwen2.5-1.5B", "decode", 256, batch=4), 4e12, 8e14)
+    assert sweep.out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))

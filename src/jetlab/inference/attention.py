@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from jetlab.inference.cache import StaticCache
+from jetlab.inference.cache import EngineCache
 from jetlab.ops import decode_attention
 
 NAME = "jetlab_engine"
@@ -38,13 +38,14 @@ def prompt_attention(
         stop = min(begin + block, T)
         last = S - T + stop
         first = 0 if window is None else max(0, S - T + begin - window + 1)
-        age = torch.arange(S - T + begin, last, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
+        whole = {"device": q.device, "dtype": torch.int32}  # half of what numbers of 64 bits would take beside the mask
+        age = torch.arange(S - T + begin, last, **whole)[:, None] - torch.arange(first, last, **whole)
         visible = age >= 0
         if window is not None:
             visible = visible & (age < window)
         visible = visible[None, None]
         if start is not None:
-            position = torch.arange(past + T - S + first, past + T - S + last, device=q.device)
+            position = torch.arange(past + T - S + first, past + T - S + last, **whole)
             visible = visible & (position >= start[:, None])[:, None, None] | (age == 0)
         mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
         inside = slice(first, last)
@@ -95,7 +96,7 @@ def engine_attention(
     attention_mask: None,
     *,
     scaling: float,
-    engine_cache: StaticCache,
+    engine_cache: EngineCache,
     **_,
 ) -> tuple[Tensor, None]:
     """What Transformers calls: y [B,T,H,d] and no weights. `key` and `value` are what the cache returned for this layer."""

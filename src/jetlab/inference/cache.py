@@ -14,17 +14,32 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from jetlab.hf import JetNemotronCache
-from jetlab.layers.state import RecurrentState, map_tensors, n_bytes, tensors
+from jetlab.layers.state import map_tensors, n_bytes, tensors
 
 ATTENTION_KINDS = ("attention", "sliding_attention")
+FAMILIES = ("qwen2", "qwen3", "llama", "gemma3_text", "mamba2", "jet_nemotron")  # model types held against `generate`
+GROWING_ROPES = ("dynamic", "longrope")  # whose frequencies depend on how long a text is, or a chunk of it
 HF_KINDS = {"full_attention": "attention", "sliding_attention": "sliding_attention"}  # the words of `layer_types`
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
     """Kind of each layer of a decoder: those of `MIXERS`, or "mamba2" throughout for a Mamba2 of Transformers.
 
-    Raises ValueError for layer types that the engine has no cache for.
+    Raises ValueError for a family that the engine was not held against `generate` with, for layer types that it has no
+    cache for and for rotary frequencies that depend on the length of what is read at once.
     """
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"the engine runs {', '.join(FAMILIES)}, got a model of type {config.model_type}, whose attention may do more "
+            "than it knows; use the model's own generate"
+        )
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(found for found in ropes.values() if isinstance(found, dict))):
+        if rope.get("rope_type") in GROWING_ROPES:
+            raise ValueError(
+                f"rope_type must not be one of {', '.join(GROWING_ROPES)}, got {rope['rope_type']!r}: reading in chunks would "
+                "change the frequencies; use the model's own generate"
+            )
     if hasattr(config, "layer_kinds"):
         return tuple(config.layer_kinds)
     if config.model_type == "mamba2":
@@ -49,7 +64,7 @@ class KeyValueRing(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: "StaticCache", n_kv_heads: int, head_dim: int, window: int | None):
+    def __init__(self, cache: "EngineCache", n_kv_heads: int, head_dim: int, window: int | None):
         super().__init__()
         self.cache, self.window = cache, window
         self.n_slots = cache.max_len if window is None else min(window, cache.max_len)
@@ -99,14 +114,16 @@ class KeyValueRing(CacheLayerMixin):
 
 
 class StateRows(CacheLayerMixin):
-    """State of a recurrent layer, whatever its mixer returns, batch first; the matrices of a `RecurrentState` in
-    `state_dtype`. Tensors are allocated for all rows at the first call."""
+    """State of a recurrent layer, whatever its mixer returns, batch first; its `recurrent` matrices in `state_dtype`.
+
+    Tensors are allocated for all rows at the first call.
+    """
 
     is_compileable = True
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: "StaticCache"):
+    def __init__(self, cache: "EngineCache"):
         super().__init__()
         self.cache, self.all = cache, None
 
@@ -121,7 +138,7 @@ class StateRows(CacheLayerMixin):
             return torch.zeros(rows, *x.shape[1:], dtype=dtype, device=x.device)
 
         self.all = map_tensors(lambda x: empty(x, x.dtype), state)
-        if isinstance(state, RecurrentState) and self.cache.state_dtype is not None:
+        if self.cache.state_dtype is not None:
             self.all = self.all._replace(recurrent=empty(state.recurrent, self.cache.state_dtype))
         self.is_initialized = True
 
@@ -150,11 +167,12 @@ class StateRows(CacheLayerMixin):
         raise NotImplementedError("the engine does not search beams; use the model's own generate with num_beams")
 
 
-class StaticCache(JetNemotronCache):
+class EngineCache(JetNemotronCache):
     """One layer of the above for each of the model's, for `batch_size` sequences of at most `max_len` tokens.
 
     `rows` are those that a call is about, so that a prompt can be read a few sequences at a time. While `decoding` lengths
     are taken from `end` alone, and nothing asks the device.
+    Raises ValueError for a `state_dtype` where no layer has a matrix to keep in it, and as `layer_kinds`.
     """
 
     overwrites_states = True  # a mixer may write its new state in the old one's place
@@ -175,6 +193,11 @@ class StaticCache(JetNemotronCache):
         self.start = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.rows, self.n_seen, self.decoding, self.padded = slice(0, batch_size), 0, False, False
         kinds = layer_kinds(config)
+        if state_dtype is not None and (config.model_type == "mamba2" or set(kinds) <= set(ATTENTION_KINDS)):
+            raise ValueError(
+                f"state_dtype must be None for {config.model_type}, got {state_dtype}: the engine keeps no recurrent matrix of "
+                "it; leave it out"
+            )
         window = getattr(config, "sliding_window", None)
         self._arguments = [(kind, window, max_len) for kind in kinds]
         head_dim = getattr(config, "head_dim", None)
@@ -203,6 +226,16 @@ class StaticCache(JetNemotronCache):
         finally:
             self.rows, self.n_seen = before
 
+    @contextmanager
+    def stepping(self):
+        """Calls inside read one token a row, at the length that `end` says."""
+        self.decoding = True
+        try:
+            yield
+        finally:
+            self.decoding = False
+
+    @torch.inference_mode()
     def begin(self, start: Sequence[int]) -> None:
         """Empty, for rows whose own tokens begin at `start`."""
         for layer in self.layers:
@@ -215,6 +248,7 @@ class StaticCache(JetNemotronCache):
         self.n_seen = n_tokens
         self.end.fill_(n_tokens)
 
+    @torch.inference_mode()
     def fill(self, n_tokens: int, generator: torch.Generator | None = None) -> None:
         """As if `n_tokens` random tokens had been read: normal keys and values, states of a tenth their size."""
         for layer in self.layers:

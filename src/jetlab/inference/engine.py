@@ -2,7 +2,8 @@
 
 Works for the decoders of Transformers whose layers are attention, full or through a window, for Mamba2, and for
 JetNemotronForCausalLM with any of its mixers, all by the same code: the model's own forward runs, over the engine's cache
-and attention. On a CPU the same class runs without graphs. Tokens are those of the model's `generate`.
+and attention. On a CPU the same class runs without graphs. Tokens are those of the model's `generate`; its `generation_config`
+is not read, so ends and sampling are given here.
 """
 
 import inspect
@@ -21,16 +22,26 @@ from transformers.generation import (
 
 from jetlab.inference import memory
 from jetlab.inference.attention import engaged
-from jetlab.inference.cache import StaticCache
+from jetlab.inference.cache import EngineCache, layer_kinds
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn, as in Transformers: temperature, then the `top_k` likeliest, then what makes up `top_p`."""
+    """How the next token is drawn, as in Transformers: temperature, then the `top_k` likeliest, then what makes up `top_p`.
+
+    `top_k` 0 and `top_p` 1 leave all tokens in. Raises ValueError for what is none of these.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature > 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature must be positive, top_k at least 0 and top_p in (0, 1], got {self.temperature}, {self.top_k} "
+                f"and {self.top_p}; leave `sampling` out to be greedy"
+            )
 
     def warpers(self) -> LogitsProcessorList:
         found = LogitsProcessorList()
@@ -47,11 +58,13 @@ class Engine:
     """Generates with `model`, up to `batch_size` sequences at once of at most `max_len` tokens, prompt and answer together.
 
     prefill_chunk   tokens of a prompt read at once
-    prefill_tokens  tokens of all rows together read at once: rows beyond take their turn, which bounds the activations
+    prefill_tokens  tokens of all rows together read at once, at least one row's chunk: further rows take their turn, which
+                    bounds the activations
     state_dtype     format of the recurrent matrices between tokens; None: as the mixer returns them (fp32)
     graph           whether a decoding step is a CUDA graph; None: where the model is on a GPU
+    The model is put into evaluation mode.
     Raises MemoryError with the bytes that are needed and there, and the largest batch that fits, before anything is
-    allocated; ValueError for sizes below 1 and for a model that the engine cannot run.
+    allocated; ValueError for sizes below 1, a graph without a GPU, and for a model that the engine cannot run.
     """
 
     def __init__(
@@ -73,20 +86,27 @@ class Engine:
             raise ValueError(
                 f"{type(model).__name__} caps its attention scores, which the engine does not; use the model's own generate"
             )
+        layer_kinds(model.config)
         self.model, self.device = model.eval(), model.device
+        if graph and self.device.type != "cuda":
+            raise ValueError(f"graph=True needs a model on a GPU, got one on {self.device}; leave `graph` out")
         self.batch_size, self.max_len = batch_size, max_len
         self.prefill_chunk = min(prefill_chunk, max_len)
         self.rows_at_once = max(1, prefill_tokens // self.prefill_chunk)
-        if model.config.model_type == "mamba2":  # its cache of Transformers knows no rows
+        is_mamba = "cache_params" in inspect.signature(model.forward).parameters
+        if is_mamba:  # its cache of Transformers knows no rows, and its path of one token no padding
             self.rows_at_once = batch_size
-        need = memory.engine_bytes(
-            model, batch_size, max_len, min(self.rows_at_once, batch_size) * self.prefill_chunk, state_dtype
-        )
-        memory.check(model, need, self.device, batch_size, max_len)
-        self.cache = StaticCache(
+            if prefill_chunk < 2:
+                raise ValueError("prefill_chunk must be at least 2 for Mamba2, got 1; make it larger")
+
+        def need(batch: int) -> int:
+            rows = batch if is_mamba else min(self.rows_at_once, batch)
+            return memory.engine_bytes(model, batch, max_len, rows * self.prefill_chunk, state_dtype)
+
+        memory.check(need, self.device, batch_size, max_len)
+        self.cache = EngineCache(
             model.config, batch_size, max_len, dtype=model.dtype, device=self.device, state_dtype=state_dtype
         )
-        is_mamba = "cache_params" in inspect.signature(model.forward).parameters
         self.cache_name = "cache_params" if is_mamba else "past_key_values"
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)  # the next step's input
         self.logits = torch.zeros(batch_size, model.config.vocab_size, dtype=model.dtype, device=self.device)
@@ -114,22 +134,22 @@ class Engine:
     @torch.inference_mode()
     def _warm_up(self, graph: bool) -> None:
         """Allocates the states, builds the kernels and records the graph, all on an empty cache that is emptied again."""
-        self.cache.decoding, self.cache.padded = True, True  # a graph must do for rows of any length
-        if graph:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._next()
-                self.cache.end.zero_()
-                torch.cuda.synchronize()
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=stream):
-                    self._next()
-            torch.cuda.current_stream().wait_stream(stream)
-        else:
-            self._next()
-        self.cache.decoding = False
+        self.cache.padded = True  # a graph must do for rows of any length
+        with self.cache.stepping():
+            if graph:
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        self._next()
+                    self.cache.end.zero_()
+                    torch.cuda.synchronize()
+                    self.graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(self.graph, stream=stream):
+                        self._next()
+                torch.cuda.current_stream().wait_stream(stream)
+            else:
+                self._next()
         self.cache.begin([0] * self.batch_size)
 
     @torch.inference_mode()
@@ -139,6 +159,10 @@ class Engine:
         Shorter ones are padded on the left. Raises ValueError for no prompt, an empty one, or too many or too long ones.
         """
         self._check(prompts, 0)
+        if len(prompts) > self.batch_size:
+            raise ValueError(
+                f"at most batch_size = {self.batch_size} prompts at once, got {len(prompts)}; use `generate`"
+            )
         rows = [list(map(int, prompt)) for prompt in prompts]
         rows += [rows[-1]] * (self.batch_size - len(rows))  # the graph has a fixed number of rows
         longest = max(map(len, rows))
@@ -150,6 +174,7 @@ class Engine:
             with self.cache.of_rows(some):
                 self.logits[some] = self._read(ids[some])
         self.cache.seen(longest)
+        self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
         return self.logits[: len(prompts)]
 
     def _read(self, ids: Tensor) -> Tensor:
@@ -170,7 +195,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor | None = None) -> Tensor:
-        """Reads one token a row, `tokens` [batch_size] or the likeliest of the last step; logits [batch_size, vocabulary].
+        """Reads one token a row, `tokens` [batch_size] or the likeliest of the last logits; logits [batch_size, vocabulary].
 
         The tensor is the engine's own: the next step overwrites it. Raises ValueError if the cache is full.
         """
@@ -180,13 +205,12 @@ class Engine:
             )
         if tokens is not None:
             self.tokens.copy_(tokens.view(-1, 1))
-        self.cache.n_seen += 1
         if self.graph is not None:
             self.graph.replay()
         else:
-            self.cache.decoding = True
-            self._next()
-            self.cache.decoding = False
+            with self.cache.stepping():
+                self._next()
+        self.cache.n_seen += 1
         return self.logits
 
     @torch.inference_mode()
@@ -202,15 +226,18 @@ class Engine:
         """The new tokens of each prompt, up to the first of `eos_token_id`, which is kept, or `max_new_tokens`.
 
         Greedy, unless `sampling` says how to draw; `generator` on the model's device, None for PyTorch's own. More prompts
-        than `batch_size` are taken in turns. Raises ValueError where prompt and answer exceed `max_len`.
+        than `batch_size` are taken in turns. Raises ValueError for no new token, and where a prompt with its answer exceeds
+        `max_len`.
         """
-        self._check(prompts[: self.batch_size], max_new_tokens)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}; use `prefill` for logits alone")
+        self._check(prompts, max_new_tokens)
         eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         answers: list[list[int]] = []
         for first in range(0, len(prompts), self.batch_size):
-            some = prompts[first : first + self.batch_size]
-            self._check(some, max_new_tokens)
-            answers += self._generate(some, max_new_tokens, eos, sampling, generator)
+            answers += self._generate(
+                prompts[first : first + self.batch_size], max_new_tokens, eos, sampling, generator
+            )
         return answers
 
     def _generate(self, prompts, max_new_tokens, eos, sampling, generator) -> list[list[int]]:
@@ -241,9 +268,11 @@ class Engine:
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts or min(map(len, prompts)) < 1:
             raise ValueError("every prompt needs at least one token, got none or an empty one; begin with a bos token")
-        if len(prompts) > self.batch_size:
+        largest = max(max(map(int, prompt)) for prompt in prompts)
+        if largest >= self.model.config.vocab_size:
             raise ValueError(
-                f"at most batch_size = {self.batch_size} prompts at once, got {len(prompts)}; use `generate`"
+                f"tokens must be below the vocabulary's {self.model.config.vocab_size}, got {largest}; "
+                "use the model's own tokeniser"
             )
         longest = max(map(len, prompts))
         if longest + max_new_tokens > self.max_len:

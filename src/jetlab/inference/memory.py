@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from jetlab.inference.cache import ATTENTION_KINDS, layer_kinds
 from jetlab.layers.dims import BlockDims
 
-GB = 1e9
-
 
 def kv_bytes(config, max_len: int, dtype: torch.dtype) -> int:
     """Keys and values of one sequence: 2 · Hkv · d · bytes · Σ_layers min(max_len, window)."""
@@ -54,9 +52,12 @@ def activation_bytes(model: PreTrainedModel, n_tokens: int) -> int:
 def engine_bytes(
     model: PreTrainedModel, batch_size: int, max_len: int, n_tokens: int, state_dtype: torch.dtype | None = None
 ) -> int:
-    """What an engine takes beside the weights: cache and states of its rows, a prompt's activations, three sets of logits."""
+    """What an engine takes beside the weights: cache and states of its rows, a prompt's activations, logits.
+
+    Of logits three sets in the model's format and five numbers of 4 bytes a token of the vocabulary, which sampling sorts.
+    """
     row = kv_bytes(model.config, max_len, model.dtype) + state_bytes(model, state_dtype)
-    row += 3 * model.config.vocab_size * model.dtype.itemsize
+    row += (3 * model.dtype.itemsize + 20) * model.config.vocab_size
     return batch_size * row + activation_bytes(model, n_tokens)
 
 
@@ -70,24 +71,24 @@ def available_bytes(device: torch.device) -> int:
     return int(min(free + reserved - allocated, allowed))
 
 
-def check(model: PreTrainedModel, need: int, device: torch.device, batch_size: int, max_len: int) -> None:
-    """Raises MemoryError if `need` bytes are not there, with both numbers and the largest batch that fits."""
+def check(need: Callable[[int], int], device: torch.device, batch_size: int, max_len: int) -> None:
+    """Raises MemoryError if the `need` of a batch is not there: both numbers of bytes, and the largest batch that fits."""
     there = available_bytes(device)
-    if need <= there:
+    if need(batch_size) <= there:
         return
-    row = (engine_bytes(model, 2, max_len, 0) - engine_bytes(model, 1, max_len, 0)) or 1
-    fits = max(0, int((there - (need - batch_size * row)) // row))
+    fits = _last_that(lambda batch: need(batch) <= there, 0, batch_size)
     raise MemoryError(
-        f"an engine for {batch_size} sequences of {max_len} tokens needs {need / GB:,.2f} GB beside the weights, "
-        f"{there / GB:,.2f} GB are there; the largest batch that fits is {fits}"
-        + ("" if fits else ", so shorten the context, or prefill_tokens, or take a larger device")
+        f"an engine for {batch_size} sequences of {max_len} tokens needs {need(batch_size):,} bytes beside the weights, "
+        f"{there:,} are there; the largest batch that fits is {fits}"
+        + ("" if fits else ", so shorten the context, or prefill_chunk, or take a larger device")
     )
 
 
 def largest_batch(works: Callable[[int], bool], estimate: int, *, step: float = 0.02) -> int:
-    """The largest batch for which `works(batch)` holds, near an estimate; 0 if none does.
+    """The largest batch for which `works(batch)` holds, which must then hold for all smaller ones; 0 if none does.
 
-    Goes down from the estimate by `step` of it until one works, or up until one fails. `works` must leave no memory taken.
+    Walks from the estimate by `step` of it until the answer changes, then halves what is between. `works` must leave no
+    memory taken.
     """
 
     def tried(batch: int) -> bool:
@@ -100,7 +101,15 @@ def largest_batch(works: Callable[[int], bool], estimate: int, *, step: float = 
     if tried(batch):
         while tried(batch + stride):
             batch += stride
-        return batch
-    while batch > 0 and not tried(batch):
-        batch = batch - stride if batch > stride or batch == 1 else 1
-    return max(0, batch)
+        return _last_that(tried, batch, batch + stride)
+    while batch > stride and not tried(batch - stride):
+        batch -= stride
+    return _last_that(tried, max(0, batch - stride), batch)
+
+
+def _last_that(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The last number from `low`, which counts as held, to `high`, which does not, that holds."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,7 +1,7 @@
 """What the record of benchmarks/throughput.py says: ratios, where they come from, and what a roofline makes of them.
 
-A row is a line of throughput.csv. The floor of a row is its speed over its `fraction_of_floor`: the longer of bytes at the
-speed of a copy and operations at that of a large product, on the machine of the record.
+A row is a line of throughput.csv. The floor of a row is its speed over its `fraction_of_floor`, on the machine of the record:
+while decoding the longer of bytes at the speed of a copy and operations at that of a large product, for a prompt operations.
 """
 
 import math
@@ -42,9 +42,10 @@ def find(
 
 
 def ratio(over: Mapping, under: Mapping) -> tuple[float, float]:
-    """Speed of one row over that of another, and its standard error.
+    """Speed of one row over that of another, and its standard error within one run.
 
-    The error of a median of n timings is taken as 1.25 standard deviations / √n; relative errors add in squares.
+    The error of a median of n timings is taken as 1.25 standard deviations / √n, its value for many; relative errors add in
+    squares. What another run or machine would give is not in it.
     """
     value = over["tokens_per_s"] / under["tokens_per_s"]
     relative = [1.25 * row["tokens_per_s_sd"] / math.sqrt(row["n"]) / row["tokens_per_s"] for row in (over, under)]

@@ -25,7 +25,7 @@ from jetlab.models import zoo
 
 COLUMNS = (
     "model runner phase context batch state tokens_per_s tokens_per_s_sd n ms bytes_per_step flops fraction_of_floor "
-    "peak_gb cap_gb joules_per_token error own_error status"
+    "peak_gb cap_gb joules_per_token exact_error error own_error status"
 ).split()
 N_STEPS = 16  # decoded tokens of a row in one timing
 ROOM = 64  # tokens beyond the context that a cache has place for
@@ -88,6 +88,13 @@ def capped(cap_gb: float | None) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the card had no room: libraries and Triton say so in a RuntimeError of their own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("out of memory", "ALLOC_FAILED"))
+    )
 
 
 def clean() -> None:
@@ -155,7 +162,9 @@ def fits(model: PreTrainedModel, point: Point) -> Callable[[int], bool]:
             engine.cache.fill(point.context)
             engine.step()
             torch.cuda.synchronize()
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             return False
         return True
 
@@ -212,8 +221,8 @@ def generate(model: PreTrainedModel, point: Point, batch: int) -> dict:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    tokens(2)
-    times = [tokens(N_STEPS + 1) - tokens(1) for _ in range(max(2, point.repeats // 2))]
+    tokens(N_STEPS + 1)
+    times = [tokens(N_STEPS + 1) - tokens(1) for _ in range(point.repeats)]
     return _speeds(times, batch * N_STEPS, 1e3 / N_STEPS, None)
 
 
@@ -272,17 +281,16 @@ def measure(model: PreTrainedModel, point: Point, bytes_per_s: float, flops_per_
     shape = shape_of(point.model)
     clean()
     with capped(point.cap_gb), torch.inference_mode():
-        try:
-            batch = largest(model, point) if point.batch is None else point.batch
-        except (torch.OutOfMemoryError, MemoryError):
-            batch = 0
+        batch = largest(model, point) if point.batch is None else point.batch
         found, tries = None, 1 if point.batch else 4  # a batch that ran once may not find its memory in one piece again
         while batch and found is None and tries:
             row["batch"], tries = batch, tries - 1
             clean()
             try:
                 found = RUNS[point.runner, point.phase](model, point, batch)
-            except (torch.OutOfMemoryError, MemoryError):
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
                 batch -= math.ceil(batch / 100) if tries else 0
         if found is None:
             clean()
@@ -301,25 +309,38 @@ def measure(model: PreTrainedModel, point: Point, bytes_per_s: float, flops_per_
 
 
 @torch.inference_mode()
-def errors(model: PreTrainedModel, n_tokens: int = 300, batch: int = 3) -> tuple[float, float]:
-    """Largest relative error of the engine's logits and of the model's own forward, both against that forward in fp32.
+def errors(model: PreTrainedModel, n_tokens: int = 1400, chunk: int = 512) -> dict[str, float]:
+    """Largest relative errors of the engine's logits, against the model's own forward in fp32.
 
-    Prompts of unequal length in chunks, then two steps. What bf16 costs is in both, so the two should be about alike.
+    exact_error   the engine in fp32: what it computes differently, if anything
+    error         the engine in the model's format, own_error the model's own forward in it: what rounding costs both
+
+    Three prompts of unequal length together, then the longest alone (no padding: another path), in chunks, two steps each. They
+    are longer than the published windows.
     """
     rng = torch.Generator().manual_seed(1)
-    rows = [torch.randint(1000, (n_tokens - 37 * i,), generator=rng).tolist() for i in range(batch)]
+    rows = [torch.randint(1000, (n_tokens - n_tokens // 8 * i,), generator=rng).tolist() for i in range(3)]
+    wide = copy.deepcopy(model).float()
 
     def own(model: PreTrainedModel) -> list[Tensor]:
         return [model(torch.tensor([row], device=model.device)).logits[0, -3:].float() for row in rows]
 
-    rounded, exact = own(model), own(copy.deepcopy(model).float())
-    engine = Engine(model, batch_size=batch, max_len=n_tokens + 4, prefill_chunk=128, prefill_tokens=256)
-    found = [engine.prefill([row[:-2] for row in rows]).clone()]
-    for i in (-2, -1):
-        found.append(engine.step(torch.tensor([row[i] for row in rows], device=model.device)).clone())
-    ours = [torch.stack([logits[b] for logits in found]).float() for b in range(batch)]
+    exact = own(wide)
 
     def worst(actual: list[Tensor]) -> float:
-        return max(((x - y).norm(dim=-1) / y.norm(dim=-1)).max().item() for x, y in zip(actual, exact, strict=True))
+        pairs = zip(actual, exact, strict=False)
+        return max(((x - y).norm(dim=-1) / y.norm(dim=-1)).max().item() for x, y in pairs)
 
-    return worst(ours), worst(rounded)
+    def engine_error(model: PreTrainedModel) -> float:
+        found = []
+        for some in (rows, rows[:1]):
+            engine = Engine(
+                model, batch_size=len(some), max_len=n_tokens, prefill_chunk=chunk, prefill_tokens=2 * chunk
+            )
+            logits = [engine.prefill([row[:-2] for row in some]).clone()]
+            for i in (-2, -1):
+                logits.append(engine.step(torch.tensor([row[i] for row in some], device=model.device)).clone())
+            found.append(worst([torch.stack([x[b] for x in logits]).float() for b in range(len(some))]))
+        return max(found)
+
+    return {"exact_error": engine_error(wide), "error": engine_error(model), "own_error": worst(own(model))}
