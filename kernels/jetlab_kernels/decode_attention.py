@@ -7,8 +7,8 @@ Reference: jetlab.ops.decode_attention.decode_attention_reference.
 A token's attention is bound by the bytes of its keys and values, and one sequence has few heads: so the slots are split
 among many programs. `_split` gives each a run of slots of one key-value head, which it reads once for all query heads of the
 group; it leaves the maximum of its scores, the sum of their exponentials and the weighted sum of values. `_join` puts the
-parts of a row together. How many tokens there are is read on the device, and programs without a slot leave at once: a
-captured graph serves every length, and rows may begin at different tokens.
+parts of a row together. How many tokens there are is read on the device, and a program without a slot reads no key and leaves
+an empty part: a captured graph serves every length, and rows may begin at different tokens.
 
 Slot j holds the last token p < end with p mod C = j. A cache longer than the context is read up to `end` alone; in a ring
 that has gone round every slot is filled.
@@ -25,14 +25,14 @@ from torch import Tensor
 from jetlab_kernels.launch import check_device, check_format, dot_format
 
 # Slots that a program takes at a time, depth of prefetching, warps. On an H200, ms at 128 rows of 2 heads × 65,536 × 128 in
-# bf16: 1.895; with 4096 PROGRAMS 1.918, and then (128, 2, 4) 1.904, (64, 4, 4) 1.910, (32, 4, 4) 1.969; with 1056 2.057.
-# PyTorch's cuDNN backend, which needs the length on the host, takes 1.881; a copy of as many bytes 2.016.
+# bf16: 1.895; with 4096 PROGRAMS 1.918, and then (128, 2, 4) 1.904, (64, 4, 4) 1.910, (32, 4, 4) 1.969; with 1056 2.057. The
+# run of records/h200/kernels has 1.892, and 1.877 for PyTorch's cuDNN backend, which needs the length on the host.
 TILE = {"BN": 64, "STAGES": 3, "num_warps": 4}
-# Beyond 128 channels: 0.503 (cuDNN 0.625) at 32 rows of 65,536 × 256; in fp32 a third stage has no room.
+# Beyond 128 channels: 0.491 (cuDNN 0.624) at 32 rows of 65,536 × 256; in fp32 a third stage has no room.
 TILE_WIDE = {"BN": 64, "STAGES": 2, "num_warps": 4}
 PROGRAMS = 2048  # enough waves that the last, which is not full, costs little
-FULL = 264  # programs that fill the GPU: until then parts are short, beyond that they have at least
-LONG_PART = 1024  # slots, since each has to be joined
+FULL = 264  # programs that fill an H100: a cache is cut into so many parts, be they short
+LONG_PART = 1024  # slots; into more parts than FULL only if they keep about so many, since each has to be joined
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Generation at the speed of memory: a cache allocated once, prompts in chunks, a decoding step that is one CUDA graph.
 
-Works for the decoders of Transformers whose layers are attention, full or through a window, for Mamba2, and for
-JetNemotronForCausalLM with any of its mixers, all by the same code: the model's own forward runs, over the engine's cache
-and attention. On a CPU the same class runs without graphs. Tokens are those of the model's `generate`; its `generation_config`
-is not read, so ends and sampling are given here.
+Works for Qwen2, Qwen3, Llama, Gemma 3 (text) and Mamba2 of Transformers and for JetNemotronForCausalLM with any of its
+mixers, all by the same code: the model's own forward runs, over the engine's cache and attention. On a CPU the same class
+runs without graphs. Tokens are those of the model's `generate`; its `generation_config` is not read, so ends and sampling
+are given here.
 """
 
 import inspect
@@ -156,7 +156,8 @@ class Engine:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Reads prompts, at most `batch_size`, into an empty cache; logits [n, vocabulary] of what follows each.
 
-        Shorter ones are padded on the left. Raises ValueError for no prompt, an empty one, or too many or too long ones.
+        Shorter ones are padded on the left. The tensor is the engine's own: the next step overwrites it. Raises ValueError for
+        no prompt, an empty one, or too many or too long ones.
         """
         self._check(prompts, 0)
         if len(prompts) > self.batch_size:
