@@ -31,6 +31,7 @@ import transformers
 from jetlab.inference import sweep
 from jetlab.inference.sweep import Point
 from jetlab.paths import resolve
+from kernels import ceilings
 
 K = 1024
 CONTEXTS = [4 * K, 8 * K, 16 * K, 32 * K, 64 * K, 128 * K, 256 * K]
@@ -79,15 +80,6 @@ def points(part: str) -> list[Point]:
     return rows
 
 
-def ceilings() -> tuple[float, float]:
-    """Bytes/s of a copy (read and written) and operations/s of an 8192³ product in bf16."""
-    source = torch.randn(2**30, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / sorted(sweep.seconds(lambda: target.copy_(source), 11))[5]
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return copy, 2 * 8192**3 / sorted(sweep.seconds(lambda: a @ b, 11))[5]
-
-
 def text(value) -> object:
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else value
 
@@ -104,7 +96,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.set_verbosity_error()
     began = time.perf_counter()
-    bytes_per_s, flops_per_s = ceilings()
+    ceiling = ceilings()
+    bytes_per_s, flops_per_s = ceiling["bytes_per_s"], ceiling["flops_per_s"]
     torch.cuda.empty_cache()
     print(f"copy {bytes_per_s / 1e12:.2f} TB/s, product {flops_per_s / 1e12:.0f} TFLOP/s", flush=True)
     file = arguments.out / "throughput.csv"

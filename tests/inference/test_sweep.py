@@ -15,6 +15,22 @@ def tiny():
     return sweep.draw_weights(Qwen2ForCausalLM(config)).eval()
 
 
+@pytest.fixture
+def run(monkeypatch):
+    """What a decoding point runs, put in place of the engine on a machine without a card: run(function)."""
+    monkeypatch.setattr(sweep, "clean", lambda: None)
+    monkeypatch.setattr(sweep, "capped", lambda cap_gb: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7e9)
+    return lambda function: monkeypatch.setitem(sweep.RUNS, ("engine", "decode"), function)
+
+
+def raising(error):
+    def fails(*_):
+        raise error
+
+    return fails
+
+
 def test_shapes_derived_from_the_published_one_are_what_their_name_says():
     full = sweep.shape_of("Jet-Nemotron-2B 4 full")
     assert full.count("attention") == 4 and full.count("sliding_attention") == 0
@@ -60,35 +76,24 @@ def test_what_does_not_fit_is_a_line_and_the_next_point_runs():
     assert "tokens_per_s" not in rows[0] and rows[1]["tokens_per_s"] > 0
 
 
-def test_out_of_memory_is_a_line_and_not_the_end(monkeypatch):
-    def fails(*_):
-        raise MemoryError("no room")
-
-    monkeypatch.setitem(sweep.RUNS, ("engine", "decode"), fails)
-    monkeypatch.setattr(sweep, "clean", lambda: None)
-    monkeypatch.setattr(sweep, "capped", lambda cap_gb: torch.no_grad())
+def test_out_of_memory_is_a_line_and_not_the_end(run):
+    run(raising(MemoryError("no room")))
     row = sweep.measure(None, sweep.Point("Qwen2.5-1.5B", "decode", 256, batch=4), 4e12, 8e14)
     assert (row["status"], row["batch"]) == ("out of memory", 4)
     assert set(row) <= set(sweep.COLUMNS)
 
 
-def test_a_batch_that_was_looked_for_gives_way_when_it_no_longer_fits(monkeypatch):
+def test_a_batch_that_was_looked_for_gives_way_when_it_no_longer_fits(run, monkeypatch):
     asked = []
 
-    def fits_below(limit):
-        def run(model, point, batch):
-            asked.append(batch)
-            if batch >= limit:
-                raise MemoryError("no room")
-            return {"ms": 1.0, "tokens_per_s": 1.0}
+    def fits_below_197(model, point, batch):
+        asked.append(batch)
+        if batch >= 197:
+            raise MemoryError("no room")
+        return {"ms": 1.0, "tokens_per_s": 1.0}
 
-        return run
-
+    run(fits_below_197)
     monkeypatch.setattr(sweep, "largest", lambda model, point: 200)
-    monkeypatch.setattr(sweep, "clean", lambda: None)
-    monkeypatch.setattr(sweep, "capped", lambda cap_gb: torch.no_grad())
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7e9)
-    monkeypatch.setitem(sweep.RUNS, ("engine", "decode"), fits_below(197))
     row = sweep.measure(None, sweep.Point("Qwen2.5-1.5B", "decode", 256), 4e12, 8e14)
     assert asked == [200, 198, 196]
     assert (row["batch"], row["status"], row["peak_gb"]) == (196, "ok", 7.0)
@@ -96,13 +101,8 @@ def test_a_batch_that_was_looked_for_gives_way_when_it_no_longer_fits(monkeypatc
     assert row["fraction_of_floor"] == pytest.approx(floor_s / 1e-3)
 
 
-def test_other_failures_are_not_taken_for_a_lack_of_memory(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("an illegal memory access")
-
-    monkeypatch.setitem(sweep.RUNS, ("engine", "decode"), fails)
-    monkeypatch.setattr(sweep, "clean", lambda: None)
-    monkeypatch.setattr(sweep, "capped", lambda cap_gb: torch.no_grad())
+def test_other_failures_are_not_taken_for_a_lack_of_memory(run):
+    run(raising(RuntimeError("an illegal memory access")))
     with pytest.raises(RuntimeError, match="illegal"):
         sweep.measure(None, sweep.Point("Qwen2.5-1.5B", "decode", 256, batch=4), 4e12, 8e14)
     assert sweep.out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))

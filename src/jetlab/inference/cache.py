@@ -54,19 +54,39 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
     return tuple(HF_KINDS[name] for name in types)
 
 
-class KeyValueRing(CacheLayerMixin):
-    """Keys and values [rows, Hkv, slots, d] of one attention layer; token p lies in slot p mod slots.
-
-    With `window` None the slots are as many as the longest context and never go round.
-    """
+class EngineLayer(CacheLayerMixin):
+    """What the engine's layers share: the count of tokens is the cache's, and rows keep their places."""
 
     is_compileable = True
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: "EngineCache", n_kv_heads: int, head_dim: int, window: int | None):
+    def __init__(self, cache: "EngineCache"):
         super().__init__()
-        self.cache, self.window = cache, window
+        self.cache = cache
+
+    def get_seq_length(self) -> int:
+        return self.cache.n_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.n_seen + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise ValueError(
+            f"rows of the engine's cache keep their order, got {list(beam_idx.shape)} new places; to search beams use the "
+            "model's own generate with num_beams"
+        )
+
+
+class KeyValueRing(EngineLayer):
+    """Keys and values [rows, Hkv, slots, d] of one attention layer; token p lies in slot p mod slots.
+
+    With `window` None the slots are as many as the longest context and never go round.
+    """
+
+    def __init__(self, cache: "EngineCache", n_kv_heads: int, head_dim: int, window: int | None):
+        super().__init__(cache)
+        self.window = window
         self.n_slots = cache.max_len if window is None else min(window, cache.max_len)
         shape = (cache.n_rows, n_kv_heads, self.n_slots, head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=cache.dtype, device=cache.end.device) for _ in range(2))
@@ -97,35 +117,22 @@ class KeyValueRing(CacheLayerMixin):
             kept[:, :, after] = new[:, :, -len(after) :]
         return tuple(seen)
 
-    def get_seq_length(self) -> int:
-        return self.cache.n_seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.n_seen + query_length, 0
-
     def get_max_length(self) -> int:
         return self.cache.max_len
 
     def reset(self) -> None:
         """Nothing to do: what lies beyond `end` is not read."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise NotImplementedError("the engine does not search beams; use the model's own generate with num_beams")
 
-
-class StateRows(CacheLayerMixin):
+class StateRows(EngineLayer):
     """State of a recurrent layer, whatever its mixer returns, batch first; its `recurrent` matrices in `state_dtype`.
 
     Tensors are allocated for all rows at the first call.
     """
 
-    is_compileable = True
-    is_sliding = False
-    supports_early_init = False
-
     def __init__(self, cache: "EngineCache"):
-        super().__init__()
-        self.cache, self.all = cache, None
+        super().__init__(cache)
+        self.all = None
 
     @property
     def state(self):
@@ -150,21 +157,12 @@ class StateRows(CacheLayerMixin):
                 kept.copy_(new)
         return self.state
 
-    def get_seq_length(self) -> int:
-        return self.cache.n_seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.n_seen + query_length, 0
-
     def get_max_length(self) -> int:
         return -1  # Transformers' word for no limit
 
     def reset(self) -> None:
         for x in tensors(self.all):
             x.zero_()  # a state of zeros is what a sequence begins with
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise NotImplementedError("the engine does not search beams; use the model's own generate with num_beams")
 
 
 class EngineCache(JetNemotronCache):
