@@ -213,8 +213,9 @@ def test_nothing_is_generated_if_one_prompt_of_many_cannot_be():
         engine.generate([[1], [2], list(range(9))], 4)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got -2"):
         engine.generate([[1]], -2)
-    with pytest.raises(ValueError, match="below the vocabulary's 97, got 97"):
-        engine.generate([[97]], 2)
+    for token in (97, -1):
+        with pytest.raises(ValueError, match=f"from 0 to below the vocabulary's 97, got {token} to {token}"):
+            engine.generate([[token]], 2)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mamba2"])

@@ -269,10 +269,10 @@ class Engine:
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts or min(map(len, prompts)) < 1:
             raise ValueError("every prompt needs at least one token, got none or an empty one; begin with a bos token")
-        largest = max(max(map(int, prompt)) for prompt in prompts)
-        if largest >= self.model.config.vocab_size:
+        smallest, largest = min(map(min, prompts)), max(map(max, prompts))
+        if smallest < 0 or largest >= self.model.config.vocab_size:
             raise ValueError(
-                f"tokens must be below the vocabulary's {self.model.config.vocab_size}, got {largest}; "
+                f"tokens must be from 0 to below the vocabulary's {self.model.config.vocab_size}, got {smallest} to {largest}; "
                 "use the model's own tokeniser"
             )
         longest = max(map(len, prompts))

@@ -52,12 +52,12 @@ def activation_bytes(model: PreTrainedModel, n_tokens: int) -> int:
 def engine_bytes(
     model: PreTrainedModel, batch_size: int, max_len: int, n_tokens: int, state_dtype: torch.dtype | None = None
 ) -> int:
-    """What an engine takes beside the weights: cache and states of its rows, a prompt's activations, logits.
+    """What an engine takes beside the weights: cache and states of its rows, a prompt's activations, three sets of logits.
 
-    Of logits three sets in the model's format and five numbers of 4 bytes a token of the vocabulary, which sampling sorts.
+    Drawing tokens by `top_p` sorts, which takes about 20 bytes more for each row and token of the vocabulary meanwhile.
     """
     row = kv_bytes(model.config, max_len, model.dtype) + state_bytes(model, state_dtype)
-    row += (3 * model.dtype.itemsize + 20) * model.config.vocab_size
+    row += 3 * model.config.vocab_size * model.dtype.itemsize
     return batch_size * row + activation_bytes(model, n_tokens)
 
 
