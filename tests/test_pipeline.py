@@ -31,7 +31,12 @@ PLUMBING = {
 }
 # Looked into, but no dependency by itself.
 LISTS = {"jetlab.layers": "names the mixers, each of which is a dependency: one more must not re-run the others"}
-CLOCK_USERS = {"jetlab.train.loop": "decides when to save a resume file; no result holds the time"}
+CLOCK_USERS = {
+    "jetlab.train.loop": "decides when to save a resume file; no result holds the time",
+    "jetlab.train.ranks": "says how long processes wait for one another",
+    "jetlab.data.corpus": "pauses before it opens a file again that could not be reached",
+    "jetlab.evaluate.execution": "ends programs that do not end",
+}
 CLOCKS = {"time", "timeit", "datetime"}
 LISTINGS = {"glob", "rglob", "iglob", "iterdir", "listdir", "scandir", "walk"}
 
@@ -113,7 +118,8 @@ def test_the_notebook_assigns_exactly_what_it_is_given(stage):
 @each_stage
 def test_the_smoke_defaults_have_the_keys_of_params_yaml(stage):
     for section in command(stage).params:
-        assert sorted(defaults(stage)[section]) == sorted(PARAMS[section]), section
+        mine, given = defaults(stage)[section], PARAMS[section]
+        assert mine is given is None or sorted(mine) == sorted(given), section  # null: a profile without the section
 
 
 @each_stage
@@ -196,7 +202,7 @@ def test_a_profile_has_the_sections_and_keys_of_params_yaml(file):
     profile = run.read_params(file)
     assert list(profile) == list(PARAMS)
     for section, content in PARAMS.items():
-        assert sorted(profile[section]) == sorted(content), section
+        assert section == "text" or sorted(profile[section]) == sorted(content), section
 
 
 # ---- what a stage's code reads --------------------------------------------------------------------------------------

@@ -362,6 +362,17 @@ class _Chunks(NamedTuple):
     def of(cls, B: int, T: int, cu_seqlens: Tensor | None) -> "_Chunks":
         if cu_seqlens is None:
             return cls(B * triton.cdiv(T, CHUNK), B)
+        # The number of chunks must be read off the GPU, which waits: kept on the tensor, whose every layer asks the same.
+        if torch.compiler.is_compiling() or cu_seqlens.is_inference():
+            return cls._of_documents(cu_seqlens)
+        version, chunks = vars(cu_seqlens).get("_chunks", (None, None))
+        if version != cu_seqlens._version:
+            chunks = cls._of_documents(cu_seqlens)
+            vars(cu_seqlens)["_chunks"] = cu_seqlens._version, chunks
+        return chunks
+
+    @classmethod
+    def _of_documents(cls, cu_seqlens: Tensor) -> "_Chunks":
         cu_seqlens = cu_seqlens.to(torch.int32)
         counts = (cu_seqlens.diff() + CHUNK - 1) // CHUNK
         first = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

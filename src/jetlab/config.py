@@ -3,6 +3,7 @@
 Unknown and missing keys, wrong types and numbers out of range are refused with the rule, the value and the way out.
 """
 
+from math import gcd
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,6 +53,7 @@ def _explain(cls: type, detail: dict) -> str:
 
 
 class Common(StudyModel):
+    profile: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "laptop"  # every result carries it; a report mixes no two
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     n_threads: Count  # torch threads of a process; one is fastest at the laptop's sizes
     path: Literal["paper", "found"]  # whether later stages use the paper's choice of block or the study's own
@@ -74,6 +76,98 @@ class Tasks(StudyModel):
     @model_validator(mode="after")
     def _tasks_exist(self) -> Self:
         build_tasks(self.sizes)
+        return self
+
+
+class Source(StudyModel):
+    """One set of documents: files of this machine, or a data set of the Hugging Face hub, read as a stream."""
+
+    name: Annotated[str, Field(min_length=1)]  # in reports
+    weight: Annotated[float, Field(gt=0)]  # share of the tokens, relative to the other sources'
+    column: Annotated[str, Field(min_length=1)]  # that holds the text
+    files: Annotated[list[str], Field(min_length=1)] | None = (
+        None  # paths or patterns from the root; parquet or JSON lines
+    )
+    hub_id: str | None = None
+    subset: str | None = None  # the data set's configuration
+    split: str = "train"
+    revision: str | None = None  # commit of the data set; without it the newest, which may change under a run
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.files is None) == (self.hub_id is None):
+            raise ValueError(f"source {self.name!r} needs either files or hub_id; give one of them")
+        if self.files is not None and (self.subset or self.revision):
+            raise ValueError(f"source {self.name!r} reads files, which have no subset or revision; leave them out")
+        return self
+
+
+class Corpus(StudyModel):
+    """A mixture of sources, read as rows of `seq_len` tokens by `n_streams` readers that know nothing of one another.
+
+    A step's row g comes from stream g mod n_streams, and stream s is read by process s mod n_processes: so the rows of a
+    step are the same on any number of processes that divides n_streams.
+    """
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    seq_len: Annotated[int, Field(ge=2)]  # tokens of a packed row
+    rows_per_step: Count  # rows of a step, over all processes
+    n_streams: Count
+    on_damage: Literal["skip", "stop"]  # what an unreadable file does: it is left out and reported, or ends the run
+
+    @model_validator(mode="after")
+    def _rows_divide(self) -> Self:
+        if self.rows_per_step % self.n_streams:
+            raise ValueError(
+                f"rows_per_step must be a multiple of n_streams, got {self.rows_per_step} and {self.n_streams}; "
+                f"try n_streams: {gcd(self.rows_per_step, self.n_streams)}"
+            )
+        names = [source.name for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"each source needs a name of its own, got {', '.join(twice)} more than once")
+        return self
+
+
+class Text(StudyModel):
+    """Training on text instead of tasks, on one GPU or many: `jetlab.train.main` under torchrun."""
+
+    n_processes: Count  # one a GPU
+    precision: Literal["float32", "bfloat16"]  # of products and activations; weights and sums of gradients stay float32
+    recompute: bool  # activations in the backward pass, one layer at a time
+    checkpoint_steps: Annotated[
+        int, Field(ge=10, multiple_of=10)
+    ]  # between two checkpoints; every tenth step is logged
+    seq_len: Annotated[int, Field(ge=2)]
+    rows_per_step: Count
+    rows_at_once: Count  # of a process's rows, how many the model reads together
+    n_streams: Count
+    on_damage: Literal["skip", "stop"]
+    sources: Annotated[list[Source], Field(min_length=1)]  # of PostNAS and stage 1
+    stage2_sources: Annotated[list[Source], Field(min_length=1)]  # of stage 2
+    stage2_label_weight: Annotated[float, Field(ge=0, le=1)]  # of next-token cross-entropy in stage 2; the rest is KL
+
+    def corpus(self, stage: Literal[1, 2] = 1) -> Corpus:
+        """What a stage reads."""
+        shared = self.model_dump(include={"seq_len", "rows_per_step", "n_streams", "on_damage"})
+        return Corpus(sources=self.sources if stage == 1 else self.stage2_sources, **shared)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.seq_len
+
+    @model_validator(mode="after")
+    def _streams_divide(self) -> Self:
+        if self.n_streams % self.n_processes:
+            raise ValueError(
+                f"n_streams must be a multiple of n_processes, got {self.n_streams} and {self.n_processes}; "
+                f"try n_streams: {self.n_processes * max(1, self.n_streams // self.n_processes)}"
+            )
+        if self.rows_per_step % (self.n_processes * self.rows_at_once):
+            raise ValueError(
+                f"rows_per_step must be a multiple of n_processes · rows_at_once, got {self.rows_per_step}, {self.n_processes} "
+                f"and {self.rows_at_once}; try rows_at_once: {gcd(self.rows_per_step // self.n_processes, self.rows_at_once)}"
+            )
+        self.corpus(1), self.corpus(2)
         return self
 
 
@@ -146,20 +240,36 @@ class Study(StudyModel):
     tasks: Tasks
 
 
+class TrainingStudy(Study):
+    """A stage that trains new paths: on tasks, or on the text that `text` describes."""
+
+    text: Text | None = None
+
+    def _check_data(self, training: Training) -> None:
+        if self.text is not None and (training.rows or training.weights or training.growth):
+            raise ValueError(
+                "training on text takes no rows, weights or growth of tasks; write rows: {}, weights: {} and growth: 0.0, "
+                "or text: null"
+            )
+
+
 class TeacherStudy(Study):
     source: Literal["bundled", "hub", "train"]
     n_teachers: Annotated[int, Field(ge=1, le=8)]
     hub_id: str | None  # a model of the Hugging Face hub, for source: hub
+    hub_revision: str | None  # its commit; null: the newest
     training: TeacherTraining  # for source: train
 
     @model_validator(mode="after")
-    def _hub_needs_an_id(self) -> Self:
+    def _hub_has_an_id_and_one_model(self) -> Self:
         if self.source == "hub" and not self.hub_id:
             raise ValueError("source: hub needs hub_id, for example Qwen/Qwen2.5-1.5B")
+        if self.source == "hub" and self.n_teachers != 1:
+            raise ValueError(f"a hub id names one model, so source: hub needs n_teachers: 1, got {self.n_teachers}")
         return self
 
 
-class SupernetStudy(Study):
+class SupernetStudy(TrainingStudy):
     block: str  # kind of the linear path
     dims: Dims
     n_seeds: Count  # supernets of each teacher
@@ -172,6 +282,15 @@ class SupernetStudy(Study):
     @model_validator(mode="after")
     def _block_exists(self) -> Self:
         _require_linear(self.block)
+        return self
+
+    @model_validator(mode="after")
+    def _data_fit(self) -> Self:
+        self._check_data(self.training)
+        if self.text is not None and self.n_checks:
+            raise ValueError(
+                f"checks on the way score a model that is on one device, so text needs n_checks: 0, got {self.n_checks}"
+            )
         return self
 
 
@@ -200,6 +319,14 @@ class PlacementStudy(Study):
         if self.budget > self.max_budget:
             raise ValueError(
                 f"budget must be at most max_budget = {self.max_budget}, got {self.budget}; raise max_budget"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gates_have_tasks(self) -> Self:
+        if "gates" in self.selectors and not self.supernet.training.rows:
+            raise ValueError(
+                "selector gates trains on the rows of tasks in supernet.training, which are none; leave it out"
             )
         return self
 
@@ -236,11 +363,16 @@ class CacheBudgetStudy(Study):
     max_changed: Count  # layers that differ from the linear kind, at most; the model's depth: all architectures
 
 
-class HybridStudy(Study):
+class HybridStudy(TrainingStudy):
     """One hybrid at the found placement, trained with everything but its linear layers frozen."""
 
     dims: Dims
     training: Training
+
+    @model_validator(mode="after")
+    def _data_fit(self) -> Self:
+        self._check_data(self.training)
+        return self
 
 
 class BlockStudy(HybridStudy):
@@ -265,7 +397,7 @@ class VariantStudy(HybridStudy):
         return self.dims.block(d_model, conv_size=VARIANTS[self.variant].get("conv_size", 4))
 
 
-class SizeStudy(Study):
+class SizeStudy(TrainingStudy):
     """One point of the grid: named like `h4_k16_v16` for heads, key width and value width of a head."""
 
     state_size: Count  # numbers in a layer's state: n_heads · head_dim · head_dim_v, the same over the grid
@@ -275,6 +407,11 @@ class SizeStudy(Study):
     @property
     def dims(self) -> Dims:
         return parse_size(self.size)
+
+    @model_validator(mode="after")
+    def _data_fit(self) -> Self:
+        self._check_data(self.training)
+        return self
 
     @model_validator(mode="after")
     def _state_is_equal(self) -> Self:
@@ -301,7 +438,7 @@ class CompareStudy(Study):
     names: list[str]
 
 
-class CellStudy(Study):
+class CellStudy(TrainingStudy):
     """Many short runs that differ in few things: `jetlab.search.cells` lists them by family."""
 
     family: Literal["blocks", "jetblock", "contrasts", "sizes", "scratch", "final"]
@@ -341,7 +478,7 @@ class CellStudy(Study):
         return self
 
 
-class DistillStudy(Study):
+class DistillStudy(TrainingStudy):
     dims: Dims  # chosen by the hardware stage
     block: str  # chosen by the jetblock stage
     stage1: Training  # only the linear layers train
@@ -353,12 +490,32 @@ class DistillStudy(Study):
         _require_linear(self.block)
         return self
 
+    @model_validator(mode="after")
+    def _data_fit(self) -> Self:
+        self._check_data(self.stage1)
+        return self
+
 
 class EvaluateStudy(Study):
     n_lm_eval: Count  # contexts per task that lm-eval scores beside our own scorer
     n_samples: Count  # generated samples per task
     lengths: list[Annotated[int, Field(ge=0)]]  # characters of plain text that stretch a context
     n_length_contexts: Count  # contexts per task, length and place of the text
+    benchmarks: list[str]  # of the paper, by their names in paper/benchmarks.csv
+    n_benchmark: Count | None  # documents of each of their tasks; None: all
+    execute_code: bool  # whether programs that a model wrote may run on this machine, in processes with limits
+
+    @model_validator(mode="after")
+    def _benchmarks_exist(self) -> Self:
+        from jetlab.evaluate.benchmarks import read_benchmarks, require_known
+
+        require_known(self.benchmarks)
+        risky = [name for name in self.benchmarks if read_benchmarks()[name].executes_code]
+        if risky and not self.execute_code:
+            raise ValueError(
+                f"{', '.join(risky)} runs code that the model wrote; in a container set execute_code: true, or leave it out"
+            )
+        return self
 
 
 class ThroughputStudy(StudyModel):
@@ -374,23 +531,33 @@ def check_params(params: dict[str, Any]) -> None:
     Raises ConfigError, as the stage itself would, for the first section that breaks a rule, and for sections or lists of
     variants that are missing or unknown.
     """
-    keys = ("common", "tasks", "teacher", "supernet", "placement", "variants", "blocks", "jetblock", "hardware")
+    keys = ("common", "tasks", "text", "teacher", "supernet", "placement", "variants", "blocks", "jetblock", "hardware")
     _require_keys("params.yaml", params, (*keys, "distill", "evaluate", "throughput"))
     every = {"common": params["common"], "tasks": params["tasks"]}
+    training = every | {"text": params["text"]}
+    _require_data(params)
     TeacherStudy.from_params(**every, **params["teacher"])
-    supernet = SupernetStudy.from_params(**every, **params["supernet"])
+    supernet = SupernetStudy.from_params(**training, **params["supernet"])
     PlacementStudy.from_params(**every, supernet=supernet, **params["placement"])
     variants = Variants.from_params(**params["variants"])
     for variant in variants.blocks:
-        BlockStudy.from_params(**every, **params["blocks"], variant=variant)
+        BlockStudy.from_params(**training, **params["blocks"], variant=variant)
     for variant in variants.jetblock:
-        VariantStudy.from_params(**every, **params["jetblock"], variant=variant)
+        VariantStudy.from_params(**training, **params["jetblock"], variant=variant)
     for size in variants.sizes:
-        SizeStudy.from_params(**every, **params["hardware"], size=size)
+        SizeStudy.from_params(**training, **params["hardware"], size=size)
     chosen = {"dims": params["blocks"]["dims"], "block": variants.blocks[0]}  # by earlier stages; any will do here
-    DistillStudy.from_params(**every, **chosen, **params["distill"])
+    DistillStudy.from_params(**training, **chosen, **params["distill"])
     EvaluateStudy.from_params(**every, **params["evaluate"])
     ThroughputStudy.from_params(common=params["common"], **params["throughput"])
+
+
+def _require_data(params: dict[str, Any]) -> None:
+    """Each training has something to train on: rows of tasks, or the text of the profile."""
+    places = [(name, params[name].get("training")) for name in ("supernet", "blocks", "jetblock", "hardware")]
+    for name, training in [*places, ("distill", params["distill"].get("stage1"))]:
+        if params["text"] is None and isinstance(training, dict) and training.get("rows") == {}:
+            raise ConfigError(f"{name}: rows must name a task to train on, got none; give rows, or text to train on")
 
 
 def _require_keys(name: str, found: dict, expected: tuple[str, ...]) -> None:

@@ -24,6 +24,16 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def devices(device: str) -> list[str]:
+    """The devices over which candidates of a search are split: "cuda" is every GPU that this process sees."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device == "cuda" else [device]
+
+
+def dealt(items: Sequence[In], n: int) -> list[Sequence[In]]:
+    """`items` dealt like cards to `n` hands: hand i gets items i, i + n, …; hands that would be empty are left out."""
+    return [items[i::n] for i in range(min(n, len(items)))]
+
+
 def parallel_map(
     function: Callable[[In], Out], inputs: Sequence[In], *, n_workers: int | None = None, n_threads: int = 1
 ) -> list[Out]:

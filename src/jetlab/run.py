@@ -47,8 +47,10 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # from common.n_threads, 1 whe
 # Errors whose message is written for the user, so that the traceback is left out: jetlab's own, and bad input.
 PLAIN_ERRORS = {"ValueError", "ValidationError", "FileNotFoundError", "OSError"} | {
     "ConfigError",
+    "DamagedFile",
     "MissingInput",
     "TrainingDiverged",
+    "TrainingFailed",
     "UnknownMixerError",
 }
 KERNEL = "from jetlab.run import die_with_parent; die_with_parent(); from ipykernel import kernelapp; " + (
@@ -64,14 +66,15 @@ class RunError(Exception):
     """The run cannot start, or a cell failed; the message says the rule, the value and the way out."""
 
 
-def die_with_parent() -> None:
+def die_with_parent(*, and_its_parent: bool = False) -> None:
     """End this process as soon as its parent has ended: for kernels and worker processes.
 
     A killed pipeline (`kill -9`) cannot clean up, and an orphan would go on computing beside the next run. A thread
-    looks 5 times a second. Below `dvc repro`, which runs a command through a shell, the shell's parent is watched too.
+    looks 5 times a second. Below `dvc repro`, which runs a command through a shell, the shell's parent is watched too;
+    `and_its_parent`: so is the parent's, for workers of a launcher that does not watch for itself.
     """
     links = [(os.getpid(), os.getppid())]
-    if "DVC_STAGE" in os.environ and _is_shell(links[0][1]):
+    if and_its_parent or ("DVC_STAGE" in os.environ and _is_shell(links[0][1])):
         links.append((links[0][1], _parent(links[0][1])))
 
     def watch() -> None:
@@ -103,6 +106,13 @@ def run(
         raise RunError(f"{shown(notebook)} does not exist; give the notebook's path from the root of the repository")
     nb = notebooks.canonical(notebooks.read(notebook))  # kernel and outputs of whoever saved it play no part
     parameters = _parameters(notebook, nb, sections, values or {}, resolve(params_file))
+    if sections and (params := read_params(resolve(params_file))).get("text"):
+        from jetlab import preflight
+
+        try:
+            preflight.once(params)
+        except ValueError as error:
+            raise RunError(str(error)) from None
     single = {key: str(value) for key, value in (values or {}).items() if "." not in key}
     entry = [value for value in single.values() if "/" not in value]  # of a matrix; folders name none
     label = re.sub(r"[^\w.=-]+", "_", "-".join([notebook.stem, *entry]))
@@ -125,6 +135,7 @@ def run(
             )
         with replacing(partial / "notebook.ipynb") as temporary:
             temporary.write_text(executed_text, encoding="utf-8")
+        _name_profile(partial / "metrics.json", parameters)
         if (partial / "notebooks").is_dir():  # executed notebooks that the report publishes: its own goes with them
             shutil.copyfile(partial / "notebook.ipynb", partial / "notebooks" / notebook.name)
         if record is not None:
@@ -419,6 +430,15 @@ def _progress_line(label: str, file: Path) -> Iterator[None]:
         thread.join()
         if redraw:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _name_profile(metrics: Path, parameters: Mapping[str, Any]) -> None:
+    """Add `profile`, the name in section common, to a stage's headline numbers, so that a report can tell profiles apart."""
+    common = parameters.get("common")
+    if metrics.exists() and isinstance(common, Mapping) and "profile" in common:
+        named = json.loads(metrics.read_text(encoding="utf-8")) | {"profile": common["profile"]}
+        with replacing(metrics) as temporary:
+            temporary.write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _record(partial: Path, folder: Path, parameters: Mapping[str, Any], command: Sequence[str]) -> None:

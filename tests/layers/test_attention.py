@@ -1,5 +1,7 @@
 """Specification of attention as a token mixer: whole, and seen through a window with a state that stops growing."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import Qwen2Config
@@ -115,6 +117,18 @@ def test_a_window_without_a_token_is_refused(window):
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
-def test_packed_documents_are_refused(window):
-    with pytest.raises(ValueError, match="attention takes no cu_seqlens: give each document a row of its own"):
-        build(window)(tokens(1, 4), cu_seqlens=torch.tensor([0, 2, 4]))
+def test_packed_documents_see_themselves_alone_from_position_0(window):
+    mixer, x, ends = build(window), tokens(2, 12), [0, 1, 8, 12, 24]  # over both rows laid end to end
+    y, state = mixer(x, cu_seqlens=torch.tensor(ends))
+    line = x.view(1, 24, D)
+    alone = torch.cat([mixer(line[:, a:b])[0] for a, b in pairwise(ends)], dim=1)
+    assert_close(y, alone.view_as(y))
+    assert state is None
+
+
+def test_packed_documents_take_neither_state_nor_padding():
+    mixer, x, ends = build(None), tokens(1, 4), torch.tensor([0, 2, 4])
+    with pytest.raises(ValueError, match="packed documents carry no state and hold no padding"):
+        mixer(x, mask=torch.ones(1, 4), cu_seqlens=ends)
+    with pytest.raises(ValueError, match="packed documents carry no state and hold no padding"):
+        mixer(x, mixer(x)[1], cu_seqlens=ends)

@@ -1,11 +1,12 @@
 """Specification of the exported model: a folder that the Auto classes load, and the same numbers as before."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import jetlab.hf  # noqa: F401 - registers the model
 from jetlab.layers.dims import BlockDims
@@ -54,6 +55,38 @@ def test_a_window_survives(tmp_path):
         product = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
         torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(export.load(tmp_path)[0](ids, use_cache=False).logits, expected)
+
+
+def test_windows_that_the_decoder_came_with_survive(tmp_path):
+    teacher, tokenizer = surgery.load("assets/teacher/0")
+    kinds = ["sliding_attention", "full_attention"] * 4
+    config = Qwen2Config(
+        **teacher.config.to_dict()
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0, "layer_types": kinds}
+    )
+    plain = Qwen2ForCausalLM(config).eval()
+    plain.load_state_dict(teacher.state_dict())
+    ids = torch.randint(0, len(tokenizer), (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = plain(ids, use_cache=False).logits
+        assert not torch.allclose(expected, teacher(ids, use_cache=False).logits, atol=1e-2)
+        export.save(surgery.attach(plain), tmp_path, tokenizer, dims=None)
+        product = AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits
+        torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-4)
+        again = export.load(tmp_path)[0]
+        torch.testing.assert_close(again(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert surgery.kinds_of(again) == ("sliding_attention", "attention") * 4
+
+
+@pytest.mark.parametrize("units", [1, 5, 8, 64, 200], ids="{}-units-of-64-values".format)
+def test_a_generator_of_any_width_comes_back(units, tmp_path):
+    model, tokenizer, dims = hybrid("jetblock", generator_hidden=units, conv_v="dynamic")
+    export.save(model, tmp_path, tokenizer, dims=dims, generator_hidden=units, conv_v="dynamic")
+    again, _ = export.load(tmp_path)
+    mine, theirs = (surgery.slots(m)[0].paths["jetblock"].state_dict() for m in (model, again))
+    assert mine.keys() == theirs.keys() and all(torch.equal(x, theirs[name]) for name, x in mine.items())
+    section = json.loads((tmp_path / "config.json").read_text())["efficient_attention_config"]["jet"]
+    assert ("options" in section) == (64 // max(1, 64 // units) != units)  # what no whole reduction of 64 gives
 
 
 @pytest.mark.slow

@@ -7,14 +7,25 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    Llama4TextConfig,
     LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from jetlab.data.tokenizer import build_tokenizer
@@ -48,7 +59,13 @@ CONFIGS = {
         sliding_window=5,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "olmo2": lambda: Olmo2Config(**SHAPE, tie_word_embeddings=False),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=5, tie_word_embeddings=False),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, tie_word_embeddings=False
+    ),
 }
+PLAIN = {key: value for key, value in SHAPE.items() if key != "attn_implementation"}  # the family's own choice
 MIXED = ("attention", "gated_deltanet", "jetblock")
 MIXTURES = [
     MIXED,
@@ -571,18 +588,110 @@ def test_operations_that_cannot_be_are_refused_with_the_way_out(act, error, mess
         act(build())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(
-            Phi3Config(**{k: v for k, v in SHAPE.items() if k != "attn_implementation"}), id="one-projection-for-q-k-v"
+WAY_OUT = "use a Qwen2, Qwen3, Llama, Mistral, Gemma 3 or OLMo 2 model"
+REFUSED = {
+    "one-projection-for-q-k-v": (
+        lambda: Phi3Config(**PLAIN),
+        "layer 0 of Phi3ForCausalLM lacks q_proj, k_proj, v_proj",
+    ),
+    "another-layout": (
+        lambda: GPT2Config(vocab_size=50, n_embd=24, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None),
+        "GPT2LMHeadModel lacks q_proj, k_proj, v_proj, o_proj",
+    ),
+    "encoder-and-decoder": (
+        lambda: T5Config(vocab_size=50, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_heads=2),
+        "decoder-only model, got T5ForConditionalGeneration",
+    ),
+    "state-space": (
+        lambda: Mamba2Config(
+            vocab_size=50, hidden_size=32, num_hidden_layers=1, num_heads=8, head_dim=8, state_size=8, n_groups=2
         ),
-        pytest.param(GPT2Config(vocab_size=50, n_embd=24, n_layer=1, n_head=2), id="another-layout"),
-    ],
-)
-def test_a_model_without_separate_projections_is_refused(config):
-    with pytest.raises(ValueError, match="use a Qwen2, Qwen3, Llama or Gemma 3 model"):
+        "got Mamba2ForCausalLM, which keeps a recurrent state of its own",
+    ),
+    "another-mixer-in-some-layers": (
+        lambda: BambaConfig(
+            **PLAIN | {"num_hidden_layers": 2},
+            attn_layer_indices=[0],
+            mamba_n_heads=8,
+            mamba_d_head=6,
+            mamba_d_state=8,
+        ),
+        "got BambaForCausalLM, which keeps a recurrent state of its own",
+    ),
+    "attention-in-chunks": (
+        lambda: Llama4TextConfig(
+            **PLAIN, head_dim=8, attention_chunk_size=5, num_local_experts=2, intermediate_size_mlp=40
+        ),
+        "got chunked_attention in Llama4ForCausalLM",
+    ),
+    "capped-scores": (
+        lambda: Gemma2Config(**PLAIN, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0),
+        "attention by sdpa, got 'eager' in Gemma2ForCausalLM; its scores have no such form",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_cannot_be_taken_is_refused_with_the_reason(case):
+    config, reason = REFUSED[case]
+    build = T5ForConditionalGeneration if case == "encoder-and-decoder" else AutoModelForCausalLM.from_config
+    with pytest.raises(ValueError, match=rf"{reason}.*{WAY_OUT}"):
+        surgery.attach(build(config()))
+
+
+def test_attention_that_needs_a_mask_to_be_causal_is_refused():
+    config = Qwen2Config(**SHAPE | {"attn_implementation": "eager"})
+    with pytest.raises(ValueError, match="got 'eager' in Qwen2ForCausalLM; load it with attn_implementation='sdpa'"):
         surgery.attach(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_that_would_compute_something_else_is_refused_and_left_as_it_was():
+    class Odd(nn.Module):
+        """An attention layer that counts on an argument which slots do not pass on."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+        def forward(self, **given):
+            y, weights = self.inner(**given)
+            return y * (1 if "position_ids" in given else 2), weights
+
+    model = build("llama")
+    model.model.layers[1].self_attn = Odd(model.model.layers[1].self_attn)
+    expected = logits(model, ids())
+    with pytest.raises(ValueError, match=rf"relative difference of .* of LlamaForCausalLM.*{WAY_OUT}"):
+        surgery.attach(model)
+    assert torch.equal(logits(model, ids()), expected)
+
+
+def test_two_rotations_by_layer_type_are_told_apart():
+    """OLMo 3: as OLMo 2, with windows, and with a rotation of its own for each type of layer."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    rope = {
+        kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(types[:2], (1e2, 1e6), strict=True)
+    }
+    torch.manual_seed(0)
+    config = Olmo3Config(**SHAPE, sliding_window=5, layer_types=types, rope_parameters=rope)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    expected = logits(plain, ids())
+    torch.testing.assert_close(logits(surgery.attach(plain), ids()), expected, atol=1e-5, rtol=0)
+
+
+def test_a_probe_leaves_training_mode_and_random_numbers_alone():
+    model = build().train()
+    before = torch.get_rng_state()
+    surgery.attach(model)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_shapes_alone_can_be_operated_on():
+    with torch.device("meta"):
+        model = surgery.attach(AutoModelForCausalLM.from_config(CONFIGS["qwen2"](), dtype=torch.float32))
+    assert next(model.parameters()).is_meta and len(surgery.slots(model)) == 3
 
 
 @pytest.fixture

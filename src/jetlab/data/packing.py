@@ -80,6 +80,8 @@ class Mixture:
 
     def __init__(self, tasks: dict[str, Task], rows: dict[str, int], tokenizer, seq_len: int, seed: int):
         unknown = sorted(set(rows) - set(tasks))
+        if not rows:
+            raise ValueError("rows must name a task to train on, got none; name one, or train on text")
         if unknown:
             raise ValueError(f"rows must name tasks among {', '.join(tasks)}, got {', '.join(unknown)}")
         self.tasks, self.rows, self.tokenizer, self.seq_len, self.seed = tasks, rows, tokenizer, seq_len, seed

@@ -7,7 +7,7 @@ are given here.
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -223,12 +223,14 @@ class Engine:
         eos_token_id: int | Iterable[int] = (),
         sampling: Sampling | None = None,
         generator: torch.Generator | None = None,
+        ended: Callable[[Tensor], Sequence[bool]] | None = None,
     ) -> list[list[int]]:
         """The new tokens of each prompt, up to the first of `eos_token_id`, which is kept, or `max_new_tokens`.
 
-        Greedy, unless `sampling` says how to draw; `generator` on the model's device, None for PyTorch's own. More prompts
-        than `batch_size` are taken in turns. Raises ValueError for no new token, and where a prompt with its answer exceeds
-        `max_len`.
+        An answer also stops where `ended` says so: after each step it is given the new tokens [rows, so far] of those that
+        go on, and returns whether each is over (`completion.complete` ends them at stop strings). Greedy, unless `sampling`
+        says how to draw; `generator` on the model's device, None for PyTorch's own. More prompts than `batch_size` are taken
+        in turns. Raises ValueError for no new token, and where a prompt with its answer exceeds `max_len`.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}; use `prefill` for logits alone")
@@ -237,15 +239,16 @@ class Engine:
         answers: list[list[int]] = []
         for first in range(0, len(prompts), self.batch_size):
             answers += self._generate(
-                prompts[first : first + self.batch_size], max_new_tokens, eos, sampling, generator
+                prompts[first : first + self.batch_size], max_new_tokens, eos, sampling, generator, ended
             )
         return answers
 
-    def _generate(self, prompts, max_new_tokens, eos, sampling, generator) -> list[list[int]]:
+    def _generate(self, prompts, max_new_tokens, eos, sampling, generator, ended) -> list[list[int]]:
         n, warpers = len(prompts), None if sampling is None else sampling.warpers()
         logits = self.prefill(prompts)
         ends = torch.tensor(eos, dtype=torch.long, device=self.device)
         done = torch.zeros(n, dtype=torch.bool, device=self.device)
+        length = torch.full((n,), max_new_tokens, device=self.device)
         new = torch.empty(n, max_new_tokens, dtype=torch.long, device=self.device)
         n_new = 0
         while n_new < max_new_tokens:
@@ -256,15 +259,19 @@ class Engine:
                 token = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
             new[:, n_new] = token
             n_new += 1
-            if len(eos):
-                done |= torch.isin(token, ends)
+            if len(eos) or ended is not None:
+                over = done | torch.isin(token, ends)
+                if ended is not None and not bool(over.all()):
+                    rows = (~over).nonzero()[:, 0]
+                    over[rows] = torch.as_tensor(ended(new[rows, :n_new]), device=self.device)
+                length[over & ~done] = n_new
+                done = over
                 if bool(done.all()):
                     break
             if n_new < max_new_tokens:
                 self.tokens[:n, 0] = token
                 logits = self.step()[:n]
-        answers = new[:, :n_new].tolist()
-        return [_until(answer, set(eos)) for answer in answers]
+        return [answer[:end] for answer, end in zip(new.tolist(), length.tolist(), strict=True)]
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not prompts or min(map(len, prompts)) < 1:
@@ -281,11 +288,3 @@ class Engine:
                 f"prompt and answer must fit into max_len = {self.max_len} tokens, got {longest} + {max_new_tokens}; "
                 "shorten one of them or make an engine with a larger max_len"
             )
-
-
-def _until(answer: list[int], eos: set[int]) -> list[int]:
-    """Tokens up to the first of `eos`, itself included."""
-    for i, token in enumerate(answer):
-        if token in eos:
-            return answer[: i + 1]
-    return answer

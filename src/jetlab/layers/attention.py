@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jetlab.layers.state import token_positions
+from jetlab.ops.packing import check_documents
 
 
 class KVState(NamedTuple):
@@ -63,8 +64,13 @@ class Attention(nn.Module):
         return self._rotary[0]
 
     def forward(self, x, state: KVState | None = None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
-        """y and the new `KVState`. Raises ValueError for packed documents."""
-        _refuse_packed(cu_seqlens)
+        """y and the new `KVState`; of packed documents, which each see themselves alone, y and None.
+
+        Of these `cu_seqlens` counts over the rows laid end to end. Raises ValueError for packed documents with a state or with
+        padding, and for one that reaches over the end of a row.
+        """
+        if cu_seqlens is not None:
+            return self._documents(x, state, mask, cu_seqlens, shared), None
         B, T, _ = x.shape
         past = 0 if state is None else state.k.shape[2]
         if positions is None:
@@ -72,6 +78,31 @@ class Attention(nn.Module):
         real, padded = _real_tokens(x, state, mask)
         y, k, v = self._attend(x, state, positions, self._visible(T, past, real if padded else None, x))
         return y, KVState(k, v, real)
+
+    def _documents(self, x, state, mask, cu_seqlens, shared: dict | None) -> Tensor:
+        """y [B, T, D] of documents that begin at `cu_seqlens` [N+1] of the rows laid end to end, each from position 0.
+
+        None reaches over the end of a row: the mask is [B, 1, T, T]. It is the same for all layers of one window, so that a
+        model call makes it once (`shared`).
+        """
+        if state is not None or mask is not None:
+            raise ValueError("packed documents carry no state and hold no padding, got one of them; leave it out")
+        shared = {} if shared is None else shared
+        key = f"documents, window {self.window}"
+        if key not in shared:
+            B, T, _ = x.shape
+            check_documents(cu_seqlens, 1, B * T, row=T)
+            ends = cu_seqlens.to(x.device)
+            place = torch.arange(B * T, device=x.device)
+            document = (torch.searchsorted(ends, place, right=True) - 1).view(B, 1, T)
+            token = torch.arange(T, device=x.device)
+            visible = (document.mT == document) & (token <= token[:, None])
+            if self.window is not None:
+                visible &= token > token[:, None] - self.window
+            positions = place.view(B, T) - ends[document[:, 0]]
+            shared[key] = _additive(visible[:, None], x.dtype), positions
+        visible, positions = shared[key]
+        return self._attend(x, None, positions, visible)[0]
 
     def _attend(self, x, state, positions, visible) -> tuple[Tensor, Tensor, Tensor]:
         collector = _Collector(state)
@@ -127,8 +158,9 @@ class SlidingAttention(Attention):
         self.window = window if self.window is None else min(window, self.window)
 
     def forward(self, x, state: WindowState | None = None, *, mask=None, positions=None, cu_seqlens=None, shared=None):
-        """y and the new `WindowState`. Raises ValueError for packed documents."""
-        _refuse_packed(cu_seqlens)
+        """y and the new `WindowState`; packed documents as in `Attention.forward`."""
+        if cu_seqlens is not None:
+            return self._documents(x, state, mask, cu_seqlens, shared), None
         past = None if state is None else state.position
         positions, position = token_positions(x, past, positions=positions, mask=mask)
         real, padded = _real_tokens(x, state, mask)
@@ -155,11 +187,6 @@ class SlidingAttention(Attention):
     def from_attention(cls, attention: nn.Module, config: nn.Module, *, window: int) -> "SlidingAttention":
         """Wrap a pretrained layer; `config` is the decoder's rotary embedding."""
         return cls(getattr(attention, "inner", attention), config, window=window)
-
-
-def _refuse_packed(cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None:
-        raise ValueError("attention takes no cu_seqlens: give each document a row of its own and mask the padding")
 
 
 def _real_tokens(x: Tensor, state: KVState | WindowState | None, mask: Tensor | None) -> tuple[Tensor, bool]:

@@ -54,6 +54,23 @@ def decay_parameters(
     return nn.Parameter(rate.log()), nn.Parameter(inverse_softplus)
 
 
+def _svd_of_sum(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """U [D, r], S [r], Vᵀ [r, D] of Σ a_i b_i, with a_i [D, w] and b_i [w, D]; r is the sum's rank, w times their number, or D.
+
+    Where r is small, in the space that the factors span: D r² operations instead of D³, for a model of 1.5 billion
+    parameters seconds instead of minutes.
+    """
+    D, w = products[0][0].shape
+    rank = min(w * len(products), D)
+    if 4 * rank >= D:
+        u, s, v = torch.linalg.svd(sum(a @ b for a, b in products), full_matrices=False)
+        return u[:, :rank], s[:rank], v[:rank]
+    q_a, r_a = torch.linalg.qr(torch.cat([a for a, _ in products], 1))
+    q_b, r_b = torch.linalg.qr(torch.cat([b for _, b in products], 0).T)
+    u, s, v = torch.linalg.svd(r_a @ r_b.T)
+    return q_a @ u, s, v @ q_b.T
+
+
 @torch.no_grad()
 def reuse_attention(mixer: nn.Module, attention: nn.Module) -> None:
     """Starts q_proj, k_proj, v_proj and o_proj of `mixer` from `attention`; see `take_over`."""
@@ -82,20 +99,27 @@ def take_over(attention: nn.Module, dims: BlockDims, *, q: Tensor, k: Tensor, v:
     source = [j * n_sources // H for j in range(H)]
     served = H * dims.head_dim // len(q)
     compared = [sorted(set(source[j : j + served])) for j in range(0, H, served)]
-    _factor(q, k, dims.head_dim, width, compared, lambda i: w_q[i].T @ w_k[i // n_groups])
-    _factor(o.T, v, dims.head_dim_v, width, [[i] for i in source], lambda i: w_o[i] @ w_v[i // n_groups])
+    _factor(q, k, dims.head_dim, compared, lambda i: (w_q[i].T, w_k[i // n_groups]))
+    _factor(o.T, v, dims.head_dim_v, [[i] for i in source], lambda i: (w_o[i], w_v[i // n_groups]))
 
 
 def _factor(
-    left: Tensor, right: Tensor, n: int, width: int, sources: list[list[int]], circuit: Callable[[int], Tensor]
+    left: Tensor,
+    right: Tensor,
+    n: int,
+    sources: list[list[int]],
+    circuit: Callable[[int], tuple[Tensor, Tensor]],
 ) -> None:
-    """n rows of `left` and `right` for each entry of `sources`: factors of the sum of the circuits of those attention heads."""
+    """n rows of `left` and `right` for each entry of `sources`: factors of the sum of the circuits of those attention heads.
+
+    `circuit(i)` are the factors [D, width] and [width, D] of head i's.
+    """
     started = (left.float().clone(), right.float().clone())
     taken: Counter = Counter()
     for j, heads in enumerate(sources):
         turn, taken[tuple(heads)] = taken[tuple(heads)], taken[tuple(heads)] + 1
-        u, s, v = torch.linalg.svd(sum(circuit(i) for i in heads), full_matrices=False)
-        rank = min(width * len(heads), len(s))
+        u, s, v = _svd_of_sum([circuit(i) for i in heads])
+        rank = len(s)
         keep = slice(min(turn * n, rank), min((turn + 1) * n, rank))
         rows = slice(j * n, j * n + keep.stop - keep.start)
         started[0][rows] = (u[:, keep] * s[keep].sqrt()).T

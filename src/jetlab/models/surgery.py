@@ -2,8 +2,9 @@
 
 `wrap` puts new paths beside every attention (the supernet of Sec 2.2), `convert` leaves one mixer a layer (a hybrid),
 `freeze` fixes all that came with the pretrained model, `save` and `load` keep hybrids as Hugging Face folders.
-The decoder's own forward stays in charge of embeddings, norms, MLPs and head, so any model whose decoder layers have a
-`self_attn` with separate q, k, v projections works: Qwen2, Qwen3, Llama, Gemma 3.
+The decoder's own forward stays in charge of embeddings, norms, MLPs and head, so a decoder whose layers all have a
+`self_attn` with separate q, k, v projections works, with experts or without: Qwen2, Qwen3, Llama, Mistral, Gemma 3, OLMo 2
+and others of their build. `attach` refuses the rest, and any model that would not compute the same with slots.
 """
 
 import json
@@ -73,13 +74,25 @@ class HybridCache(DynamicCache):
         return n_bytes(list(self.states.values()))
 
 
+class Shared(dict):
+    """What the layers share in a model call. A class of its own, which tools that copy nested dicts pass on as it is."""
+
+
 class _Call:
     """What all slots share during one forward of the decoder."""
 
     def __init__(self):
         self.mask: Tensor | None = None
-        self.shared: dict = {}
+        self.cu_seqlens: Tensor | None = None
+        self.shared = Shared()
         self.tape: list[tuple[Tensor, Tensor]] | None = None
+
+
+def on_documents(mixer: nn.Module, x: Tensor, cu_seqlens: Tensor, shared: Shared) -> Tensor:
+    """y [B, T, D] of packed documents, which begin at `cu_seqlens` of the rows laid end to end, as linear mixers read them."""
+    if isinstance(mixer, Attention):
+        return mixer(x, cu_seqlens=cu_seqlens, shared=shared)[0]
+    return mixer(x.reshape(1, -1, x.shape[2]), cu_seqlens=cu_seqlens, shared=shared)[0].view(x.shape)
 
 
 class Slot(nn.Module):
@@ -95,7 +108,10 @@ class Slot(nn.Module):
     def forward(self, hidden_states, past_key_values: HybridCache | None = None, position_ids=None, **_kwargs):
         call = self._call
         state = None if past_key_values is None else past_key_values.states.get(self.layer_idx)
-        y, state = self.mix(hidden_states, state, mask=call.mask, positions=position_ids, shared=call.shared)
+        if call.cu_seqlens is not None:
+            y = on_documents(self.paths[self.active], hidden_states, call.cu_seqlens, call.shared)
+        else:
+            y, state = self.mix(hidden_states, state, mask=call.mask, positions=position_ids, shared=call.shared)
         if past_key_values is not None:
             past_key_values.states[self.layer_idx] = state
         if call.tape is not None:
@@ -126,13 +142,19 @@ def slots(model: PreTrainedModel) -> list[Slot]:
     return found
 
 
-def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace every attention by a slot that holds just this attention; the model computes what it did before.
+_WAY_OUT = "use a Qwen2, Qwen3, Llama, Mistral, Gemma 3 or OLMo 2 model"
 
-    Raises ValueError for a decoder whose layers lack `self_attn` with q, k, v and o projections.
-    """
-    stack = decoder(model)
-    call = _Call()
+
+def _require_attention_layers(model: PreTrainedModel, stack: nn.Module) -> None:
+    """Raises ValueError with the reason why slots cannot stand for the attention of this model."""
+    name, config = type(model).__name__, model.config
+    if config.is_encoder_decoder:
+        raise ValueError(f"surgery needs a decoder-only model, got {name}, an encoder with a decoder; {_WAY_OUT}")
+    if getattr(model, "_is_stateful", False):
+        raise ValueError(
+            f"surgery needs a decoder that attends in every layer, got {name}, which keeps a recurrent state of its own; "
+            f"{_WAY_OUT} (a hybrid of ours comes with slots from surgery.load or export.load)"
+        )
     for index, layer in enumerate(getattr(stack, "layers", [None])):
         attention = getattr(layer, "self_attn", None)
         if isinstance(attention, Slot):
@@ -141,16 +163,74 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         if lacking:
             raise ValueError(
                 f"surgery needs decoder layers with self_attn.q_proj, k_proj, v_proj, o_proj; layer {index} of "
-                f"{type(model).__name__} lacks {', '.join(lacking)}; use a Qwen2, Qwen3, Llama or Gemma 3 model"
+                f"{name} lacks {', '.join(lacking)}; {_WAY_OUT}"
             )
+    kinds = set(getattr(stack.config, "layer_types", None) or ())
+    unknown = sorted(kinds - {"full_attention", "sliding_attention"})
+    if unknown or not hasattr(stack, "rotary_emb"):
+        found = ", ".join(unknown) or "no rotary_emb"
+        raise ValueError(
+            f"surgery needs full or sliding attention with rotary positions in every layer, got {found} in {name}; {_WAY_OUT}"
+        )
+    if stack.config._attn_implementation != "sdpa":  # which needs no mask to be causal
+        way_out = "load it with attn_implementation='sdpa'"
+        if not model._supports_sdpa:  # capped scores (Gemma 2), sinks (gpt-oss)
+            way_out = f"its scores have no such form: {_WAY_OUT}"
+        found = stack.config._attn_implementation
+        raise ValueError(f"surgery needs attention by sdpa, got {found!r} in {name}; {way_out}")
+
+
+def _describe(attention: nn.Module, config, index: int) -> None:
+    """Note on an attention layer what some families keep in `config` alone: its window (Mistral) and its type (OLMo 3)."""
+    kinds = getattr(config, "layer_types", None)
+    if not hasattr(attention, "sliding_window"):
+        full = kinds is not None and kinds[index] == "full_attention"
+        attention.sliding_window = None if full else getattr(config, "sliding_window", None)
+    if kinds is not None and not hasattr(attention, "layer_type"):
+        attention.layer_type = kinds[index]
+
+
+@torch.no_grad()
+def _probe(stack: nn.Module) -> Tensor:
+    """Hidden states of eight tokens, [1, 8, D], in fp32; nan where the model has shapes alone."""
+    device, training = next(stack.parameters()).device, stack.training
+    if device.type == "meta":
+        return torch.tensor(torch.nan, device="cpu")
+    stack.eval()
+    ids = torch.arange(8, device=device)[None] % stack.config.vocab_size
+    hidden = stack(input_ids=ids, use_cache=False).last_hidden_state.float()
+    stack.train(training)
+    return hidden
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every attention by a slot that holds just this attention; the model computes what it did before.
+
+    Raises ValueError for a model that is no decoder of attention layers with q, k, v and o projections, whose attention does
+    not run by sdpa, or that computes something else with slots; it is then as it was.
+    """
+    stack = decoder(model)
+    _require_attention_layers(model, stack)
+    call = _Call()
+    before, pretrained = _probe(stack), [layer.self_attn for layer in stack.layers]
+    for index, (layer, attention) in enumerate(zip(stack.layers, pretrained, strict=True)):
+        _describe(attention, stack.config, index)
         layer.self_attn = Slot(index, {"attention": Attention(attention, stack.rotary_emb)}, call)
+    changed = float((_probe(stack) - before).norm() / before.norm())
+    if changed > 1e-2:  # bf16 rounds to 4e-3; not so for nan
+        for layer, attention in zip(stack.layers, pretrained, strict=True):
+            layer.self_attn = attention
+        raise ValueError(
+            f"a model must compute with slots what it computed before, got a relative difference of {changed:.2g} in the "
+            f"hidden states of {type(model).__name__}, whose layers do more than attend to the tokens before; {_WAY_OUT}"
+        )
 
     def begin(_module, args, kwargs):
         mask = kwargs.get("attention_mask")
         ids = kwargs.get("input_ids", args[0] if args else None)
         length = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
         call.mask = None if mask is None or bool(mask.all()) else mask[:, -length:]
-        call.shared = {}
+        call.shared = Shared()
         cache = kwargs.get("past_key_values")
         if cache is None and (stack.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
             return args, kwargs | {"past_key_values": HybridCache()}
@@ -329,6 +409,22 @@ def recorded(model: PreTrainedModel):
         call.tape = None
 
 
+@contextmanager
+def packed(model: PreTrainedModel, cu_seqlens: Tensor):
+    """Within it each call of the model reads rows [B, T] of documents that know nothing of one another.
+
+    Document i is the slice cu_seqlens[i] : cu_seqlens[i + 1] of the rows laid end to end, and ends where its row does, if not
+    before; `cu_seqlens` [N+1] rises from 0 to B · T. Every document begins at position 0, whatever `position_ids` say. Give
+    the model no cache.
+    """
+    call = model._call
+    call.cu_seqlens = cu_seqlens
+    try:
+        yield
+    finally:
+        call.cu_seqlens = None
+
+
 _PATH = re.compile(r"self_attn\.paths\.[a-z0-9_]+\.(inner\.)?")
 
 
@@ -356,8 +452,12 @@ def save(model: PreTrainedModel, folder: Path, tokenizer=None, *, dims: BlockDim
         tokenizer.save_pretrained(folder)
 
 
-def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, object]:
+def load(
+    folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+) -> tuple[PreTrainedModel, object]:
     """A model and its tokeniser from a Hugging Face folder or hub id; a hybrid of ours comes back with its slots.
+
+    Weights are read as float32. `revision` is a commit of the hub's repository; None: the newest.
 
     Only safetensors are read and no code is executed. Raises MissingInput for a folder that lacks a file, ValueError for
     a file that is damaged or does not fit its config.
@@ -377,11 +477,16 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[Pre
         # A folder's tokenizer.json as it stands: AutoTokenizer goes by the model's type, and would put Qwen2's normaliser
         # and an end token outside the vocabulary on top of ours.
         tokenizer_class = PreTrainedTokenizerFast if local else AutoTokenizer
-        tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=False, revision=revision)
         layout = json.loads((path / "config.json").read_text()) if local else {}
         if layout.get("layer_kinds") is None:
             model, found = AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+                revision=revision,
             )
             if found["missing_keys"]:  # transformers gives them random values, with no more than a warning
                 raise RuntimeError(f"tensors missing: {sorted(found['missing_keys'])[:4]}")

@@ -320,7 +320,8 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
             "A small pretrained transformer goes through the four search steps of PostNAS (arXiv:2508.15884) and comes "
             "out as a hybrid of linear and full attention. It is thousands of times smaller than the paper's; its "
             "tasks are synthetic, its data and budget its own: directions can be compared, sizes of effects cannot. "
-            "Speed and memory of the published models are closed forms and hold at their true size."
+            "Speed and memory of the published models are closed forms and hold at their true size. "
+            f"All results are of profile `{study.profile}`."
         ),
         *figure("path", "The path of the study. Each box is a stage of the pipeline and a notebook."),
         Heading(2, "How to read a verdict"),

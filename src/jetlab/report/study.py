@@ -75,6 +75,7 @@ class Study:
     choices: dict[str, dict]
     tables: dict[str, dict[str, list[dict]]]  # stage -> name -> rows
     paper: dict[str, list[dict]]  # table of the papers -> rows
+    profile: str  # of the params.yaml with which every stage ran
 
     def get(self, stage: str, key: str) -> Estimate | None:
         """The estimate of a stage, its headline number where it has no estimate of that name, or None."""
@@ -130,9 +131,9 @@ def load(results: str | Path = "results", paper: str | Path = "paper") -> Study:
     """Read the results of all stages and the papers' tables.
 
     Extra files and keys are kept or ignored; a missing file raises jetlab.paths.MissingInput with the stage to run, and
-    an estimates.csv without its columns raises ValueError.
+    an estimates.csv without its columns raises ValueError, as do results of more than one profile.
     """
-    study = Study({}, {}, {}, {}, {})
+    study, profiles = Study({}, {}, {}, {}, {}, ""), {}
     for stage, files in FILES.items():
         folder = Path(results) / stage
         for file in files:
@@ -147,6 +148,19 @@ def load(results: str | Path = "results", paper: str | Path = "paper") -> Study:
         for name, store in (("metrics.json", study.metrics), ("choice.json", study.choices)):
             if (folder / name).exists():
                 store[stage] = json.loads((folder / name).read_text(encoding="utf-8"))
+        if stage in study.metrics:
+            profiles[stage] = study.metrics[stage].pop("profile", "none")
     for path in sorted(paths.resolve(paper).glob("*.csv")):
         study.paper[path.stem] = read_table(path)
-    return study
+    return dataclasses.replace(study, profile=_one_profile(profiles))
+
+
+def _one_profile(profiles: dict[str, str]) -> str:
+    """The profile of all stages. Raises ValueError if they differ: a table of both would compare nothing."""
+    if len(names := set(profiles.values())) != 1:
+        found = "; ".join(f"{name}: {', '.join(s for s, p in profiles.items() if p == name)}" for name in sorted(names))
+        raise ValueError(
+            f"all results must be of one profile, got {found}; run `dvc repro` with one params.yaml, each profile on a "
+            "branch of its own"
+        )
+    return names.pop()

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from jetlab.config import PlacementStudy
 from jetlab.data.packing import Mixture
 from jetlab.evaluate.divergence import text_divergence, token_rows
-from jetlab.evaluate.suite import Score, exam, paired_difference, standard_error
-from jetlab.parallel import parallel_map
+from jetlab.evaluate.suite import Exam, Score, exam, paired_difference, standard_error
+from jetlab.parallel import dealt, devices, parallel_map
 from jetlab.search.gates import train_gates
 from jetlab.search.selectors import (
     Placement,
@@ -322,7 +322,41 @@ def _n_tokens(study: PlacementStudy, tokenizer, split: str) -> dict[str, int]:
     return found
 
 
-def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> PlacementRun:
+def _paper(study: PlacementStudy, tokenizer, split: str) -> Exam:
+    names = (*SCORED, *SUB_AXES) if split == "test" else SCORED  # the others are no objective
+    return exam(study.tasks, tokenizer, split, study.common.seed, names)
+
+
+def _tables(
+    member: tuple[str, str, str, int],
+    study: PlacementStudy,
+    model: PreTrainedModel,
+    papers: dict[str, Exam],
+    placements: Sequence[Placement],
+    on: Sequence[str],
+) -> dict[str, ScoreTable]:
+    """The scores of placements on every split; with several devices `on` which to work, a share on each."""
+    if len(on) == 1:
+        return {
+            split: evaluate(model, study.supernet.block, paper, placements, f"placements, {split}")
+            for split, paper in papers.items()
+        }
+    shares = list(zip(on, dealt(placements, len(on)), strict=False))
+    parts = parallel_map(partial(_share, member, study), shares, n_workers=len(on), n_threads=study.common.n_threads)
+    return {split: {full: s for part in parts for full, s in part[split].items()} for split in papers}
+
+
+def _share(
+    member: tuple[str, str, str, int], study: PlacementStudy, share: tuple[str, Sequence[Placement]]
+) -> dict[str, ScoreTable]:
+    """What one process scores: some of the placements, on the device that is its own."""
+    device, placements = share
+    model, tokenizer = load(study.supernet, member[1], member[2])
+    papers = {split: _paper(study, tokenizer, split) for split in SPLITS[1:]}
+    return _tables(member, study, model.to(device), papers, placements, [device])
+
+
+def _search(member: tuple[str, str, str, int], study: PlacementStudy, on: Sequence[str]) -> PlacementRun:
     name, teacher, weights, seed = member
     model, tokenizer = load(study.supernet, teacher, weights)
     n_layers, block = model.config.num_hidden_layers, study.supernet.block
@@ -331,13 +365,9 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> Placeme
             f"select_budget must leave a layer linear, below {n_layers} here, got {study.select_budget}; lower it"
         )
     placements, everything = all_placements(n_layers, study.max_budget), tuple(range(n_layers))
-    papers, tables, full = {}, {}, {}
-    for split in SPLITS[1:]:
-        names = (*SCORED, *SUB_AXES) if split == "test" else SCORED  # the others are no objective
-        papers[split] = exam(study.tasks, tokenizer, split, study.common.seed, names)
-        scores = evaluate(model, block, papers[split], [*placements, everything], f"placements, {split}")
-        full[split] = scores.pop(everything)
-        tables[split] = scores
+    papers = {split: _paper(study, tokenizer, split) for split in SPLITS[1:]}
+    tables = _tables(member, study, model, papers, [*placements, everything], on)
+    full = {split: table.pop(everything) for split, table in tables.items()}
     texts = token_rows(
         build_tasks(study.tasks.sizes)["text"], tokenizer, "search", study.tasks.n_contexts["search"], study.common.seed
     )
@@ -384,6 +414,10 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy) -> Placeme
 
 
 def search(study: PlacementStudy, teachers: list[str], weights_dir: str | Path) -> list[PlacementRun]:
-    """Score every placement of up to `max_budget` layers on each supernet of each teacher, side by side."""
-    every = members(study.supernet, teachers, weights_dir)
-    return parallel_map(partial(_search, study=study), every, n_threads=study.common.n_threads)
+    """Score every placement of up to `max_budget` layers on each supernet of each teacher, side by side.
+
+    With several GPUs one supernet after the other, its placements split over them.
+    """
+    every, on = members(study.supernet, teachers, weights_dir), devices(study.common.device)
+    work = partial(_search, study=study, on=on)
+    return parallel_map(work, every, n_workers=1 if len(on) > 1 else None, n_threads=study.common.n_threads)

@@ -1,6 +1,6 @@
 """The supernet of Sec 2.2: a pretrained model with a linear path beside every attention, trained over random paths."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from jetlab.paths import replacing, require
 from jetlab.search.selectors import all_placements, evaluate, objective
 from jetlab.seeding import derive
 from jetlab.tasks import SCORED, SUB_AXES, TASKS, build_tasks
+from jetlab.train import launch
 from jetlab.train.loop import file_digest
+from jetlab.train.main import PathsJob
 from jetlab.train.paths import path_law, placement_kinds, train_paths
 
 
@@ -34,12 +36,14 @@ class SupernetRun:
 def build(study: SupernetStudy, teacher: str, seed: int) -> tuple[PreTrainedModel, object]:
     """An untrained supernet over the teacher in a folder, and its tokeniser; the seed decides the new paths' weights."""
     model, tokenizer = surgery.load(teacher, device=study.common.device)
-    torch.manual_seed(derive(seed, "supernet") % 2**32)
+    torch.manual_seed(_init_seed(seed))
     return surgery.wrap(model, study.block, study.dims.block(model.config.hidden_size)), tokenizer
 
 
 def train(study: SupernetStudy, name: str, teacher: str, weights: str, seed: int) -> SupernetRun:
     """Train one supernet and write the weights of its new paths to `weights`. The teacher's own weights do not move."""
+    if study.text is not None:
+        return _train_on_text(study, name, teacher, weights, seed)
     model, tokenizer = build(study, teacher, seed)
     training = study.training
     mixture = Mixture(build_tasks(study.tasks.sizes), training.rows, tokenizer, study.tasks.seq_len, seed)
@@ -55,6 +59,35 @@ def train(study: SupernetStudy, name: str, teacher: str, weights: str, seed: int
     with replacing(weights) as temporary:
         save_file({name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}, temporary)
     return SupernetRun(name, teacher, weights, history)
+
+
+def _train_on_text(study: SupernetStudy, name: str, teacher: str, weights: str, seed: int) -> SupernetRun:
+    label = f"supernet {name}"
+    job = PathsJob(
+        folder=launch.job_folder(label, [study.model_dump(), seed, launch.model_digest(teacher)]),
+        label=label,
+        teacher=str(teacher),
+        text=study.text,
+        seed=seed,
+        device=study.common.device,
+        block=study.block,
+        dims=asdict(study.dims.block(launch.hidden_size(teacher))),
+        options={},
+        layers=None,
+        init_seed=_init_seed(seed),
+        law=study.law,
+        max_full=study.max_full,
+        training=study.training,
+    )
+    trained, history = launch.train(job)
+    with replacing(weights) as temporary:
+        save_file(trained, temporary)
+    launch.clear(job.folder)
+    return SupernetRun(name, teacher, weights, history)
+
+
+def _init_seed(seed: int) -> int:
+    return derive(seed, "supernet") % 2**32
 
 
 def _checks(study: SupernetStudy, model: PreTrainedModel, tokenizer):
@@ -97,9 +130,10 @@ def _train(member: tuple[str, str, str, int], study: SupernetStudy) -> SupernetR
 
 
 def train_all(study: SupernetStudy, teachers: list[str], out_dir: str | Path) -> list[SupernetRun]:
-    """`n_seeds` supernets a teacher, each with a seed of its own, side by side."""
+    """`n_seeds` supernets a teacher, each with a seed of its own, side by side; on text, where each takes all GPUs, in turn."""
     every = members(study, teachers, out_dir)
-    return parallel_map(partial(_train, study=study), every, n_threads=study.common.n_threads)
+    n_workers = None if study.text is None else 1
+    return parallel_map(partial(_train, study=study), every, n_workers=n_workers, n_threads=study.common.n_threads)
 
 
 def load(study: SupernetStudy, teacher: str, weights: str | Path) -> tuple[PreTrainedModel, object]:

@@ -11,11 +11,14 @@ from jetlab.data.packing import Mixture
 from jetlab.evaluate.suite import Score, exam
 from jetlab.layers.dims import BlockDims
 from jetlab.models import export, surgery
+from jetlab.paths import resolve
 from jetlab.tasks import build_tasks
+from jetlab.train import launch
 from jetlab.train.captured import FixedShapes
 from jetlab.train.hybrid import HybridRun, train_hybrid
-from jetlab.train.loop import Resume, adamw, file_digest, fit
+from jetlab.train.loop import Resume, adamw, fit
 from jetlab.train.losses import distillation_loss, weighted_distillation_loss
+from jetlab.train.main import WeightsJob
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,52 @@ def distill(
 ) -> DistillRun:
     """Stage 1 trains the linear layers of the hybrid, stage 2 all its weights on Σ_tasks weight · KL(teacher ‖ student).
 
-    `options` are passed to the block.
+    On text stage 2 has the loss of `text.WeightsStep`. `options` are passed to the block.
     """
-    run = train_hybrid(study, study.stage1, teacher, layers, kind, dims, label="distill, stage 1", options=options)
+    label = "distill, stage 1"
+    run = train_hybrid(study, study.stage1, teacher, layers, kind, dims, label=label, options=options, keep_job=True)
     stage1 = run.scores
+    key = [study.model_dump(), layers, kind, str(dims), options, launch.model_digest(teacher)]
+    stage2_on = _stage2_on_tasks if study.text is None else _stage2_on_text
+    history = stage2_on(study, teacher, run, key, options or {})
+    if run.job is not None:
+        launch.clear(run.job)
+    stage2 = exam(study.tasks, run.tokenizer, "test", study.common.seed).score(run.model)
+    return DistillRun(
+        run,
+        stage1,
+        stage2,
+        [
+            *run.history,
+            *({**row, "step": row["step"] + run.history[-1]["step"], "phase": "all weights"} for row in history),
+        ],
+    )
+
+
+def _stage2_on_text(study: DistillStudy, teacher: str, run: HybridRun, key: list, options: dict) -> list[dict]:
+    folder = launch.job_folder("distill, stage 2", key)
+    surgery.save(run.model, resolve(folder) / "model", run.tokenizer, dims=run.dims, **options)
+    run.model.cpu()  # the GPUs belong to the processes that train
+    job = WeightsJob(
+        folder=folder,
+        label="distill, stage 2",
+        teacher=str(teacher),
+        text=study.text,
+        seed=study.common.seed,
+        device=study.common.device,
+        model=f"{folder}/model",
+        n_steps=study.stage2_steps,
+        learning_rate=study.stage2_learning_rate,
+        warmup=study.stage1.warmup,
+    )
+    trained, history = launch.train(job)
+    run.model.load_state_dict(trained, strict=False)
+    run.model.to(study.common.device).eval()
+    launch.clear(folder)
+    return history
+
+
+def _stage2_on_tasks(study: DistillStudy, teacher: str, run: HybridRun, key: list, options: dict) -> list[dict]:
     model, training, seed = run.model, study.stage1, study.common.seed
     reference, _ = surgery.load(teacher, device=study.common.device)
     mixture = Mixture(build_tasks(study.tasks.sizes), training.rows, run.tokenizer, study.tasks.seq_len, seed + 1)
@@ -80,7 +125,6 @@ def distill(
     if study.common.device == "cuda":
         loss_at = FixedShapes(inputs_at, loss_of, tokens)
 
-    key = [study.model_dump(), layers, kind, str(dims), options, file_digest(Path(teacher) / "model.safetensors")]
     resume = Resume("distill-stage-2", key)
     history = fit(
         model.named_parameters(),
@@ -93,13 +137,4 @@ def distill(
     )
     resume.clear()
     model.eval()
-    stage2 = exam(study.tasks, run.tokenizer, "test", seed).score(model)
-    return DistillRun(
-        run,
-        stage1,
-        stage2,
-        [
-            *run.history,
-            *({**row, "step": row["step"] + run.history[-1]["step"], "phase": "all weights"} for row in history),
-        ],
-    )
+    return history

@@ -1,19 +1,21 @@
 """One hybrid at a given placement, with everything but its linear layers frozen: the unit of every comparison."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from jetlab.config import Study, Training
+from jetlab.config import Study, Training, TrainingStudy
 from jetlab.data.packing import Mixture
 from jetlab.evaluate.suite import Score, exam
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
 from jetlab.seeding import derive
 from jetlab.tasks import build_tasks
+from jetlab.train import launch
 from jetlab.train.loop import file_digest
+from jetlab.train.main import PathsJob
 from jetlab.train.paths import fixed_law, placement_kinds, train_paths
 
 
@@ -23,7 +25,7 @@ class HybridRun:
 
     `selection` are its scores on split `select`, by which runs may be chosen; `scores` those on `test`, to be reported.
     `n_params` counts all its parameters, `block_params` those of a linear layer on average, `state_bytes` the state of
-    one linear layer for one sequence in fp32.
+    one linear layer for one sequence in fp32. `job` is the folder of a training on text.
     """
 
     model: PreTrainedModel
@@ -35,10 +37,11 @@ class HybridRun:
     n_params: int
     block_params: int
     state_bytes: int
+    job: str | None = None
 
 
 def train_hybrid(
-    study: Study,
+    study: TrainingStudy,
     training: Training,
     teacher: str,
     layers: tuple[int, ...],
@@ -47,19 +50,48 @@ def train_hybrid(
     *,
     label: str,
     options: dict | None = None,
+    keep_job: bool = False,
 ) -> HybridRun:
     """Convert the teacher to attention in `layers` and `kind` elsewhere, and train the linear layers.
 
-    The seed, and with it data and initial values, is the study's; `options` are passed to the block.
+    The seed, and with it data and initial values, is the study's; `options` are passed to the block. A study with `text`
+    trains in processes of its own, whose finished job stays for a caller that has more to do if `keep_job`.
     """
     options = options or {}
-    seed = study.common.seed
-    model, tokenizer = surgery.load(teacher, device=study.common.device)
+    seed, device = study.common.seed, study.common.device
+    # On text the GPUs belong to those processes until they are done.
+    model, tokenizer = surgery.load(teacher, device=device if study.text is None else "cpu")
     n_layers = model.config.num_hidden_layers
     kinds = placement_kinds(n_layers, tuple(layers), kind)
     linear = [layer for layer in range(n_layers) if layer not in layers]
-    torch.manual_seed(derive(seed, "hybrid") % 2**32)
+    init_seed = derive(seed, "hybrid") % 2**32
+    torch.manual_seed(init_seed)
     surgery.wrap(model, kind, dims, layers=linear, **options)
+    if study.text is not None:
+        key = [study.model_dump(), training.model_dump(), kinds, str(dims), options, launch.model_digest(teacher)]
+        job = PathsJob(
+            folder=launch.job_folder(label, key),
+            label=label,
+            teacher=str(teacher),
+            text=study.text,
+            seed=seed,
+            device=device,
+            block=kind,
+            dims=asdict(dims),
+            options=options,
+            layers=linear,
+            init_seed=init_seed,
+            law=None,
+            max_full=0,
+            training=training,
+        )
+        trained, history = launch.train(job)
+        model.load_state_dict(trained, strict=False)
+        surgery.prune(model.to(device).eval(), kinds)
+        run = measured(study, model, tokenizer, dims, history)
+        if not keep_job:
+            launch.clear(job.folder)
+        return replace(run, job=job.folder)
     mixture = Mixture(build_tasks(study.tasks.sizes), training.rows, tokenizer, study.tasks.seq_len, seed)
     digest = file_digest(Path(teacher) / "model.safetensors")
     key = [study.model_dump(), training.model_dump(), kinds, str(dims), options, digest]

@@ -8,8 +8,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 from jetlab.paths import ROOT, replacing, resolve
 from jetlab.progress import progress
 from jetlab.train.captured import Captured, FixedShapes
+
+if TYPE_CHECKING:
+    from jetlab.train.checkpoint import ShardedResume
 
 CHECKPOINT_SECONDS = 15.0  # at most so much work is lost by a kill
 
@@ -35,6 +40,19 @@ def schedule(step: int, n_steps: int, warmup: int, floor: float = 0.05) -> float
     return 1.0 if step < hold else 1 - (1 - floor) * (step - hold) / max(n_steps - hold, 1)
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """A step whose gradient is a sum over parts, and perhaps over processes: for `fit`.
+
+    `losses_at(step)` yields the losses of the parts, each differentiated before the next is made, so that activations of
+    one part are alive at a time. `whole` makes the step's loss of the sum over this process's parts.
+    """
+
+    losses_at: Callable[[int], Iterator[Tensor]]
+    whole: Callable[[Tensor], Tensor]
+    log_at: Callable[[int], dict[str, float]] = lambda step: {}
+
+
 class Resume:
     """A checkpoint in scratch/resume/, found again by everything that decides the result: `key` and the package's code.
 
@@ -44,11 +62,17 @@ class Resume:
     def __init__(self, name: str, key: object):
         text = json.dumps(key, sort_keys=True, default=str) + _code_digest()
         self.path = resolve(f"scratch/resume/{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors")
+        self._saved_at = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether so much time has passed that a kill would lose too much; `step` plays no part."""
+        return time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
 
     def save(self, step: int, tensors: dict[str, Tensor], history: list[dict]) -> None:
         meta = {"step": str(step), "history": json.dumps(history)}
         with replacing(self.path) as temporary:
             save_file({name: x.detach().contiguous() for name, x in tensors.items()}, temporary, metadata=meta)
+        self._saved_at = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, Tensor], list[dict]] | None:
         """(step, tensors, history) of the last checkpoint, or None."""
@@ -80,23 +104,27 @@ def adamw(
     *,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.98),
+    capturable: bool = True,
 ) -> torch.optim.Optimizer:
-    """AdamW in which vectors (norms, biases, decays) take no weight decay; on a GPU one that a graph can capture."""
+    """AdamW in which vectors (norms, biases, decays) take no weight decay; on a GPU one that a graph can capture.
+
+    Sharded parameters need `capturable=False`: they take no rate that lies in a tensor.
+    """
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if parameters and parameters[0].is_cuda:
-        rate = torch.tensor(learning_rate, device=parameters[0].device)
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True, capturable=True)
+        rate = torch.tensor(learning_rate, device=parameters[0].device) if capturable else learning_rate
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True, capturable=capturable)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, foreach=True)
 
 
 def fit(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     optimisers: Sequence[torch.optim.Optimizer],
-    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]] | FixedShapes,
+    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]] | FixedShapes | Accumulated,
     *,
     n_steps: int,
     label: str,
@@ -104,11 +132,12 @@ def fit(
     clip: float = 1.0,
     log_every: int = 10,
     measure: Callable[[int], dict[str, float]] | None = None,
-    resume: Resume | None = None,
+    resume: "Resume | ShardedResume | None" = None,
 ) -> list[dict]:
     """Train for `n_steps` steps; returns one record per `log_every` steps: step, mean loss and what `loss_at` adds.
 
-    `loss_at(step)` returns the loss and numbers to log; a GPU captures a step of `FixedShapes` and replays it. The learning
+    `loss_at(step)` returns the loss and numbers to log; a GPU captures a step of `FixedShapes` and replays it, one that is
+    `Accumulated` runs part by part. The learning
     rates that the optimisers come with are peaks, which `schedule` scales. Gradients are clipped to norm `clip`.
     `measure(n)` after n steps, where a record is due, adds to it.
     Raises TrainingDiverged when the loss is not finite, with the step and the way out.
@@ -121,8 +150,7 @@ def fit(
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
     peaks = [float(group["lr"]) for group in groups]
     first, history = _restore(resume, parameters, optimisers)
-    advance = _stepper(loss_at, list(parameters.values()), optimisers, clip)
-    saved_at = time.monotonic()
+    advance = stepper(loss_at, list(parameters.values()), optimisers, clip)
     pending: list[Tensor] = []
     with progress(n_steps, label) as bar:
         bar.update(first)
@@ -142,14 +170,13 @@ def fit(
             history.append({"step": step + 1, "loss": mean, **extra, **(measure(step + 1) if measure else {})})
             bar.update(len(pending), loss=mean)
             pending.clear()
-            if resume is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            if resume is not None and resume.due(step + 1):
                 resume.save(step + 1, _tensors(parameters, optimisers), history)
-                saved_at = time.monotonic()
     return history
 
 
-def _stepper(
-    loss_at: Callable | FixedShapes,
+def stepper(
+    loss_at: Callable | FixedShapes | Accumulated,
     parameters: list[nn.Parameter],
     optimisers: Sequence[torch.optim.Optimizer],
     clip: float,
@@ -167,15 +194,25 @@ def _stepper(
 
         return replay
 
-    def advance(step: int):
+    def differentiate(step: int):
+        if isinstance(loss_at, Accumulated):
+            parts = []
+            for part in loss_at.losses_at(step):
+                part.backward()
+                parts.append(part.detach())
+            return loss_at.whole(torch.stack(parts).sum()), loss_at.log_at(step)
         loss, extra = loss_at(step) if fixed is None else (fixed.loss_of(*fixed.inputs_at(step)), fixed.log_at(step))
+        loss.backward()
+        return loss.detach(), extra
+
+    def advance(step: int):
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, extra = differentiate(step)
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         for optimiser in optimisers:
             optimiser.step()
-        return loss.detach(), extra
+        return loss, extra
 
     return advance
 

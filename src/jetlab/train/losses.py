@@ -39,3 +39,9 @@ def weighted_answer_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tens
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """‖s − t‖² / ‖t‖² over all tokens and channels: 0 is a perfect copy, 1 is as good as a zero output."""
     return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
+
+
+def row_feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """`feature_loss` of each row of [B, T, D], and their mean: the same however the rows are spread over processes."""
+    student, teacher = student.float(), teacher.float()
+    return ((student - teacher).square().sum((1, 2)) / teacher.square().sum((1, 2)).clamp(min=1e-12)).mean()

@@ -172,18 +172,24 @@ def train_teacher(
 
 
 def provide(study: TeacherStudy, out_dir: str | Path) -> list[str]:
-    """The folders (or hub id) of the study's teachers, by `teacher.source`.
+    """The folders of the study's teachers, by `teacher.source`.
 
     bundled: assets/teacher/0 …; hub: the model is read from the Hugging Face hub once, as safetensors and without its
-    code, so that a wrong id fails here; train: each teacher is trained and written to `out_dir`/teacher/0 ….
+    code, and written to `out_dir`/teacher/0 in bfloat16, so that later stages need no network; train: each teacher is
+    trained and written to `out_dir`/teacher/0 ….
     Raises MissingInput for a bundled teacher that is not there.
     """
     match study.source:
         case "bundled":
             return [str(require(f"assets/teacher/{i}", "teacher").relative_to(ROOT)) for i in range(study.n_teachers)]
         case "hub":
-            surgery.load(study.hub_id)
-            return [study.hub_id] * study.n_teachers
+            folder = Path(out_dir) / "teacher" / "0"
+            model, tokenizer = surgery.load(study.hub_id, revision=study.hub_revision)
+            model.to(torch.bfloat16).save_pretrained(
+                resolve(folder), max_shard_size="1TB"
+            )  # one file, as `load` reads it
+            tokenizer.save_pretrained(resolve(folder))
+            return [str(folder)]
         case "train":
             train = partial(_train_into, out_dir=str(out_dir), study=study)
             return parallel_map(train, range(study.n_teachers), n_threads=study.common.n_threads)
