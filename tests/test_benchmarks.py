@@ -62,7 +62,7 @@ def test_decoding_steps_hold_the_state_that_their_setting_says():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and they would run for minutes")
-@pytest.mark.parametrize("script", ["kernels.py", "tune_kernels.py"])
+@pytest.mark.parametrize("script", ["kernels.py", "tune_kernels.py", "training.py"])
 def test_what_measures_a_gpu_says_that_there_is_none(script, tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / script, "--out", tmp_path / "record"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -197,6 +197,6 @@ def test_the_paper_profile_s_notebook_trains_on_two_processes(notebook, section,
     assert metrics["profile"] == "paper"
     if section == "supernet":
         assert metrics["n_moved_tensors"] == 0 and metrics["n_tokens"] == 5 * 4 * 48
-        assert (out / "paths_t0.safetensors").stat().st_size > 0
+        assert (out / "paths" / "t0.safetensors").stat().st_size > 0
     else:
         assert (out / "model" / "model.safetensors").exists()

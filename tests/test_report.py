@@ -47,11 +47,13 @@ def tree(tmp_path):
         root / "supernet/estimates.csv",
         {f"{t}_{s}_t{i}": v for t in TASKS for s, v in (("all_linear", 0.4), ("all_full", 0.95)) for i in (0, 1)},
     )
-    for i in (0, 1):
-        steps = [
-            {"step": s, "phase": p, "loss": 1 / (s + 1), "tokens": 100 * s} for s, p in ((1, "local"), (2, "path"))
-        ]
-        write_csv(root / f"supernet/loss_t{i}.csv", steps)
+    steps = ((1, "local"), (2, "path"))
+    losses = [
+        {"supernet": f"t{i}", "step": s, "phase": p, "loss": 1 / (s + 1), "tokens": 100 * s}
+        for i in (0, 1)
+        for s, p in steps
+    ]
+    write_csv(root / "supernet/loss.csv", losses)
     placements = {"found": 0.9, "uniform": 0.6, "random": 0.5, "all_linear": 0.4, "teacher": 0.97, "exhaustive": 0.91}
     placements |= {"found_minus_uniform": 0.3, "found_minus_random": 0.4}
     write_estimates(
@@ -426,3 +428,15 @@ def test_the_readme_shows_the_verdicts_of_the_committed_results():
                 document.with_error(item.ours),
                 item.verdict,
             ], name
+
+
+def test_results_of_two_profiles_are_refused(tree):
+    for stage, name in (("teacher", "laptop"), ("supernet", "laptop"), ("blocks", "node8")):
+        file = tree / stage / "metrics.json"
+        numbers = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(numbers | {"profile": name}))
+    with pytest.raises(ValueError, match=r"one profile, got laptop: teacher, supernet; node8: blocks; run `dvc repro`"):
+        report.load(tree)
+    (tree / "blocks/metrics.json").write_text(json.dumps({"profile": "laptop"}))
+    study = report.load(tree)
+    assert study.profile == "laptop" and "profile" not in study.metrics["teacher"]

@@ -69,6 +69,16 @@ def test_numbers_are_read_by_yaml_1_2_as_dvc_does(write):
     ]
 
 
+def test_headline_numbers_carry_the_profile_of_their_parameters(write, tmp_path):
+    notebook = write("from jetlab.track import Results\nResults(out_dir).metrics(count=common['count'])")
+    execute(notebook, tmp_path / "out", sections=["common"], values={"common.mode": "x"})
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"count": 10}  # a section without a name
+    file = notebook.with_name("params.yaml")
+    file.write_text(PARAMS.replace("common:\n", "common:\n  profile: node8\n"))
+    execute(notebook, tmp_path / "out", sections=["common"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == {"count": 10, "profile": "node8"}
+
+
 def test_a_dotted_name_changes_one_value_of_a_section_and_leaves_the_rest(write, tmp_path):
     notebook = write(
         "from jetlab.track import Results\nResults(out_dir).metrics(seed=common['seed'], count=common['count'])"

@@ -340,7 +340,7 @@ def _files(params: Mapping) -> Iterator[Finding]:
 def check(params: Mapping) -> list[Finding]:
     """All findings about a profile that trains on text. Raises ConfigError for one that breaks a rule of its own."""
     check_params(dict(params))
-    return [*_files(params), *_hub(params), *_machine(params)]
+    return list(dict.fromkeys([*_files(params), *_hub(params), *_machine(params)]))  # stages may share a source
 
 
 def table(params: Mapping) -> str:

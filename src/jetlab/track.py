@@ -78,12 +78,13 @@ class Results:
         self._estimates[key] = row
         _write_csv(self.dir / "estimates.csv", list(self._estimates.values()))
 
-    def curve(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def curve(self, name: str, rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] = ()) -> None:
         """Rows of a table into `name`.csv: 5 significant digits, columns in order of first use, None stays blank.
 
-        Raises ValueError if there is no row or a number is not finite.
+        `columns` come first, and make a table that may have no row. Raises ValueError if there is neither a row nor a column,
+        or a number is not finite.
         """
-        if not len(rows):
+        if not len(rows) and not columns:
             raise ValueError(f"{name}.csv needs at least one row, got none; was the number of steps 0?")
         _write_csv(
             self.path(f"{name}.csv"),
@@ -91,6 +92,7 @@ class Results:
                 {key: _cell(f"{name}.{key} in row {i}", value) for key, value in row.items()}
                 for i, row in enumerate(rows)
             ],
+            columns,
         )
 
     def figure(self, name: str, fig) -> None:
@@ -224,8 +226,8 @@ def _write_json(path: Path, data: Mapping[str, Any], *, sort_keys: bool) -> None
         temporary.write_text(json.dumps(data, indent=2, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()

@@ -541,3 +541,15 @@ def tiny_jet_nemotron(vocab_size):
     )
     torch.manual_seed(0)
     return JetNemotronForCausalLM(config).eval()
+
+
+@pytest.mark.slow
+def test_models_scored_on_two_devices_score_as_on_one(folder, tokenizer, tmp_path):
+    saved = {f"teacher {i}": ROOT / f"assets/teacher/{i}" for i in (0, 1)}
+    options = {"include_path": folder, "limit": 6}
+    one = benchmarks.score_models(saved, [CHOICES, LIKELIHOOD], on=["cpu"], **options)
+    two = benchmarks.score_models(saved, [CHOICES, LIKELIHOOD], on=["cpu", "cpu"], **options)
+    assert one == two
+    assert {name: [row.name for row in rows] for name, rows in one.items()} == dict.fromkeys(
+        saved, ["knowledge", "retrieval"]
+    )

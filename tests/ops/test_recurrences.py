@@ -18,6 +18,7 @@ from jetlab.ops import (
     gated_linear_attention_reference,
     resolve_backend,
 )
+from jetlab.ops.packing import check_documents, once
 
 
 @dataclass(frozen=True)
@@ -343,3 +344,20 @@ def test_gates_have_the_shape_of_their_rule(rule, change, message):
 def test_packed_documents_need_a_single_row(rule):
     with pytest.raises(ValueError, match="batch size 1, got 2; concatenate"):
         run(rule.op, inputs(rule, 2, 4, 2, 8, 6), cu_seqlens=torch.tensor([0, 4]))
+
+
+def test_documents_that_change_in_place_are_looked_at_again():
+    ends, calls = torch.tensor([0, 3, 5]), []
+
+    def make():
+        calls.append(ends.tolist())
+        return calls[-1]
+
+    assert once(ends, ("x",), make) is once(ends, ("x",), make)
+    ends[1] = 2
+    assert once(ends, ("x",), make) == [0, 2, 5]
+    assert calls == [[0, 3, 5], [0, 2, 5]]
+    check_documents(ends, 1, 5)
+    ends[2] = 4
+    with pytest.raises(ValueError, match="must rise strictly from 0 to the number of tokens, 5"):
+        check_documents(ends, 1, 5)

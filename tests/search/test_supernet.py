@@ -1,11 +1,14 @@
 """Specification of training supernets: who they are, what is written and read again, what is measured on the way."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jetlab.config import PlacementStudy
 from jetlab.models import surgery
 from jetlab.paths import ROOT, MissingInput
+from jetlab.search import placement
 from jetlab.search import supernet as supernets
 from jetlab.tasks import SCORED, SUB_AXES
 
@@ -91,3 +94,20 @@ def test_the_calibration_covers_four_sizes_of_every_task(base, trained, sizes):
     assert all(len(found) == 4 for found in by_task.values())
     assert all(0 <= row["all_linear"] <= 1 and 0 <= row["all_full"] <= 1 for row in rows)
     assert any(row["all_full"] > row["all_linear"] for row in rows)
+
+
+@pytest.mark.slow
+def test_placements_split_over_devices_score_as_on_one(base, trained):
+    study = PlacementStudy.from_params(
+        common=base.common, tasks=base.tasks, supernet=base, budget=1, max_budget=1, select_budget=1,
+        selectors=["beam", "uniform"], beam_width=2, gate_steps=1, gate_learning_rate=0.1,
+    )  # fmt: skip
+    member = ("t0", TEACHER, trained.weights, 0)
+    one, two = (placement._search(member, study, on) for on in (["cpu"], ["cpu", "cpu"]))
+    assert one.choices == two.choices
+    for split, table in one.tables.items():
+        assert table.keys() == two.tables[split].keys()
+        for full, scores in table.items():
+            for task, score in scores.items():
+                assert np.array_equal(score.correct, two.tables[split][full][task].correct)
+                np.testing.assert_allclose(score.loss, two.tables[split][full][task].loss, atol=2e-5)

@@ -272,7 +272,11 @@ def score(
 
 
 def score_models(
-    folders: Mapping[str, str | Path], benchmarks: Sequence[str], *, on: Sequence[str] = ("cpu",), **options
+    folders: Mapping[str, str | Path],
+    benchmarks: Sequence[str | Benchmark],
+    *,
+    on: Sequence[str] = ("cpu",),
+    **options,
 ) -> dict[str, list[BenchmarkScore]]:
     """`score` of several saved models by name; their benchmarks are dealt to the devices `on`, a process each.
 
@@ -282,11 +286,12 @@ def score_models(
     shares = list(zip(on, dealt(pairs, len(on)), strict=False))
     parts = parallel_map(partial(_score_share, options), shares, n_workers=len(on))
     rows = {(name, row.name): row for part in parts for name, row in part}
-    return {name: [rows[name, benchmark] for benchmark in benchmarks] for name in folders}
+    wanted = [benchmark if isinstance(benchmark, str) else benchmark.name for benchmark in benchmarks]
+    return {name: [rows[name, benchmark] for benchmark in wanted] for name in folders}
 
 
 def _score_share(
-    options: Mapping, share: tuple[str, Sequence[tuple[str, str, str]]]
+    options: Mapping, share: tuple[str, Sequence[tuple[str, str, str | Benchmark]]]
 ) -> list[tuple[str, BenchmarkScore]]:
     device, pairs = share
     found = []

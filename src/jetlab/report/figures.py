@@ -59,11 +59,8 @@ def architecture(study: Study):
 
 def supernet_loss(study: Study):
     """Loss over steps of every supernet."""
-    rows = []
-    for name, table in sorted(study.tables["supernet"].items()):
-        if name.startswith("loss_t"):
-            teacher = name.removeprefix("loss_t")
-            rows += [row | {"run": f"teacher {teacher}, {row['phase']}"} for row in table]
+    table = study.tables["supernet"]["loss"]
+    rows = [row | {"run": f"teacher {row['supernet'].removeprefix('t')}, {row['phase']}"} for row in table]
     label = "step [count]"
     return plots.curve(rows, "step", "loss", group="run", x_label=label, y_label="loss [1]", log_y=True)
 

@@ -14,7 +14,7 @@ SCORED_TASKS = ("knowledge", "math", "retrieval", "code")
 CONTROL_TASKS = ("facts", "text")
 FILES = {  # stage -> files that the report cannot do without
     "teacher": ("metrics.json", "estimates.csv"),
-    "supernet": ("estimates.csv", "loss_t0.csv", "loss_t1.csv"),
+    "supernet": ("estimates.csv", "loss.csv"),
     "placement": ("estimates.csv", "choice.json", "importance.csv", "selectors.csv"),
     "blocks": ("estimates.csv", "choice.json"),
     "block_seeds": ("estimates.csv",),
@@ -92,7 +92,7 @@ class Study:
     @property
     def n_teachers(self) -> int:
         """Teachers that the supernet stage used, by its curves."""
-        return sum(name.startswith("loss_t") for name in self.tables["supernet"])
+        return len({row["supernet"].partition("_")[0] for row in self.tables["supernet"]["loss"]})
 
     def tasks(self, stage: str, suffix: str) -> list[str]:
         """Tasks that a stage scored, by its keys `{task}_{suffix}`: scored four, controls, others."""

@@ -37,6 +37,8 @@ from jetlab.tasks import SCORED, SPLITS, SUB_AXES, TASKS, build_tasks
 from jetlab.train.paths import placement_kinds
 
 OBJECTIVES = (*SCORED, "all")
+TRANSFER = tuple("task budget found_on tested_on same_teacher accuracy own difference se n".split())  # of `transfer`
+AGREEMENT = ("task", "a", "b", "same_teacher", "spearman", "n_layers")  # of `agreement`
 N_DRAWS = 16  # random placements that stand for all where not all are evaluated
 
 

@@ -120,7 +120,7 @@ def members(study: SupernetStudy, teachers: list[str], folder: str | Path) -> li
         for i, teacher in enumerate(teachers):
             name = f"t{i}_s{j}" if j else f"t{i}"
             found.append(
-                (name, teacher, str(Path(folder) / f"paths_{name}.safetensors"), study.common.seed + i + 100 * j)
+                (name, teacher, str(Path(folder) / "paths" / f"{name}.safetensors"), study.common.seed + i + 100 * j)
             )
     return found
 
