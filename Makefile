@@ -9,8 +9,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 # DVC runs stages one by one; the entries of a matrix are independent, so two run at a time, each with a progress line of
 # its own. With --wait-for-lock one waits while the other reads or writes dvc.lock. Last first: the longest block, RWKV7,
-# stands last, and a long run at the end would run alone.
-two_at_a_time = dvc stage list --name-only | grep -E '^$(1)(@|_|$$)' | tac | JETLAB_LINES=1 xargs -n 1 -P 2 dvc --wait-for-lock repro -s
+# stands last, and a long run at the end would run alone. A profile that trains on text takes all GPUs for each.
+two_at_a_time = dvc stage list --name-only | grep -E '^$(1)(@|_|$$)' | tac | JETLAB_LINES=1 xargs -n 1 -P $(if $(shell grep -x 'text: null.*' params.yaml),2,1) dvc --wait-for-lock repro -s
 
 .PHONY: repro report extras lab test test-slow
 repro: .venv/.ok

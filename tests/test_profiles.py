@@ -170,6 +170,13 @@ def test_gates_and_wrong_ids_are_told_apart(error, said, monkeypatch):
     assert found["model Qwen/Qwen2.5-1.5B"].ok is True
 
 
+def test_a_folder_does_for_a_hub_id(tmp_path):
+    params = tiny("node8", tmp_path)
+    params["teacher"] |= {"source": "hub", "hub_id": "assets/teacher/0"}
+    assert preflight.hub_ids(params) == []
+    assert preflight.runs(params)[0].n_trained == 8 * MIXERS["gla"].n_params(BlockDims(64, 2, 8, 16))
+
+
 def test_a_profile_that_passed_is_not_checked_again(tmp_path, monkeypatch, capsys):
     params = tiny("node8", tmp_path)
     preflight.once(params)

@@ -181,3 +181,11 @@ def test_machine_records_are_the_finished_runs_of_all_machines(tmp_path, monkeyp
     assert [record.environment()["device"] for record in found] == ["H100", "H200"]
     assert [record.table("kernels").op.tolist() for record in found] == [["h100"], ["h200"]]
     assert "h100" in capsys.readouterr().out
+
+
+def test_a_table_whose_columns_are_given_may_be_empty(tmp_path):
+    results = Results(tmp_path)
+    results.curve("pairs", [], columns=("a", "b"))
+    assert (tmp_path / "pairs.csv").read_text() == "a,b\n"
+    results.curve("pairs", [{"b": 1, "c": 2}], columns=("a", "b"))
+    assert (tmp_path / "pairs.csv").read_text() == "a,b,c\n,1,2\n"

@@ -18,13 +18,14 @@ from pathlib import Path
 from jetlab.config import BlockDims, Text, Training, check_params, parse_size
 from jetlab.layers import MIXERS
 from jetlab.paths import ROOT, replacing, resolve, shown
+from jetlab.train.text import HEAD_TOKENS
 
 RECORD = "records/h200-x2/training.csv"  # where the speed of training was measured
 PAPER = "paper/table10_costs_2b.csv"
 # Measured in `RECORD` on one GPU: 80.5 and 109.8 GB, of which the sum of `gpu_bytes` explains 75 and 98.
 _UNCOUNTED = 1.15
-_ADAM = 12  # bytes of a trained number in float32 with both moments of AdamW
-_HEAD_TOKENS = 1024  # as train.text.HEAD_TOKENS
+_TRAINED = 12  # bytes that a trained number takes on a GPU beside itself: its gradient and both moments of AdamW
+_CHECKPOINT = 12  # on the disk: itself and both moments
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def runs(params: Mapping) -> list[Run]:
     Operations of a token, N numbers that a token is multiplied with: 2 N_teacher + 4 N_student + 2 N_trained (forward of
     both, gradients of activations, and of what trains); of the local phase 2 N_teacher + 6 N_trained; of stage 2 2
     N_teacher + 6 N_student, without the teacher where labels alone count; with `recompute` 2 N_student more. Attention over
-    the row is left out.
+    the row is left out, and that logits are made twice; the speed in `RECORD` is in the same operations.
     """
     text = Text.from_params(**params["text"])
     model = _model(params)
@@ -124,9 +125,9 @@ def runs(params: Mapping) -> list[Run]:
     for size in params["variants"]["sizes"]:
         dims = parse_size(size).model_dump()
         found.append(_paths_run("size", size, *own, "jetblock", dims, params["hardware"]["training"], linear))
-    last = parse_size(
-        params["variants"]["sizes"][0]
-    ).model_dump()  # which one is chosen is not known yet; all hold one state
+    every_size = [parse_size(size).model_dump() for size in params["variants"]["sizes"]]
+    # Which is chosen is not known yet: the largest.
+    last = max(every_size, key=lambda dims: block_params("jetblock", dims, model.d_model))
     section = params["distill"]
     for stage in ("distill", "distill_uniform"):
         found.append(_paths_run(stage, "stage 1", *own, "jetblock", last, section["stage1"], linear))
@@ -191,27 +192,29 @@ def gpu_bytes(params: Mapping) -> int:
     stages = runs(params)
     most = max(stages, key=lambda run: run.n_trained)
     # In stage 2 the teacher stands beside the hybrid, in the others the paths beside it.
-    shards = (4 * (model.n_params + most.n_trained) + _ADAM * most.n_trained) / text.n_processes
+    shards = (4 * (model.n_params + most.n_trained) + _TRAINED * most.n_trained) / text.n_processes
     outside = 2 * model.vocab_size * D
     layer = (model.n_params - model.vocab_size * D) / L + max(r.n_trained for r in stages if r.entry != "stage 2") / L
     gathered = size * (2 * layer + outside)
     kept = B * T * size * (14 * D + 4 * model.d_ff)
     activations = 2 * L * B * T * D * size + kept * (1 if text.recompute else L)
-    head = 6 * 4 * min(B * T, _HEAD_TOKENS) * model.vocab_size
+    head = 6 * 4 * min(B * T, HEAD_TOKENS) * model.vocab_size
     return int(_UNCOUNTED * (shards + gathered + activations + head + size * B * T * T))
 
 
 def disk_bytes(params: Mapping) -> int:
-    """Bytes that the study writes, at most: the teacher, each run's weights (results and DVC's cache), and checkpoints.
+    """Bytes that the study writes, at most: what stages keep, twice for DVC's cache, and the jobs of the largest stage.
 
-    A checkpoint holds 12 B of each trained number; three may stand at once, of the last stage's size.
+    Kept are the teacher in bfloat16, a supernet's paths and the two final models, in float32. A job holds three checkpoints of
+    12 B a trained number, the start and the end of its weights; stage 2's stands beside stage 1's, both phases of it.
     """
     model, stages = _model(params), runs(params)
-    teacher = 2 * 2 * model.n_params
-    results = sum(
-        2 * 4 * (run.n_trained if run.entry == "stage 2" else model.n_params + run.n_trained) for run in stages
-    )
-    return teacher + results + 3 * _ADAM * max(run.n_trained for run in stages)
+    final = [run.n_trained for run in stages if run.entry == "stage 2"]
+    paths = sum(run.n_trained for run in stages if run.stage == "supernet")
+    kept = 2 * model.n_params + 4 * (paths + sum(final))
+    first = max(run.n_trained for run in stages if run.entry == "stage 1")
+    jobs = (3 * _CHECKPOINT + 2 * 4) * max(final) + (2 * 3 * _CHECKPOINT + 2 * 4) * first
+    return 2 * kept + jobs
 
 
 def costs(params: Mapping) -> list[dict]:
@@ -252,7 +255,9 @@ def _row(stage: str, members: Sequence[Run], speed: float, tokens: float | None,
 
 def hub_ids(params: Mapping) -> list[tuple[str, str]]:
     """(kind, id) of everything that the profile reads from the hub: "model" or "dataset"."""
-    found = [("model", params["teacher"]["hub_id"])] if params["teacher"]["source"] == "hub" else []
+    teacher = params["teacher"]
+    from_hub = teacher["source"] == "hub" and not resolve(teacher["hub_id"]).is_dir()  # a folder does for an id
+    found = [("model", teacher["hub_id"])] if from_hub else []
     sources = [*params["text"]["sources"], *params["text"]["stage2_sources"]]
     found += [("dataset", source["hub_id"]) for source in sources if source.get("hub_id")]
     if names := params["evaluate"]["benchmarks"]:

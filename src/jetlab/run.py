@@ -121,6 +121,7 @@ def run(
         half_run = Path(scratch) / "notebook.ipynb"
         with _progress_line(label, Path(scratch) / "progress"):
             try:
+                os.environ["JETLAB_JOBS"] = str(Path(scratch) / "jobs")
                 executed = _execute(nb, half_run, parameters | {"out_dir": shown(partial)}, Path(scratch))
             except RunError as error:
                 kept = resolve("scratch/failed") / f"{label}.ipynb"
@@ -142,6 +143,7 @@ def run(
             folder = resolve("records") / record / notebook.stem
             _record(partial, folder.joinpath(*entry), parameters, command)
         _move_files(partial, out_dir)
+        _clear_jobs(Path(scratch) / "jobs")
     return out_dir
 
 
@@ -430,6 +432,12 @@ def _progress_line(label: str, file: Path) -> Iterator[None]:
         thread.join()
         if redraw:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _clear_jobs(listed: Path) -> None:
+    """Remove the folders of the trainings that a stage started (`jetlab.train.launch`), now that its results are in place."""
+    for folder in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _name_profile(metrics: Path, parameters: Mapping[str, Any]) -> None:

@@ -550,6 +550,6 @@ def test_models_scored_on_two_devices_score_as_on_one(folder, tokenizer, tmp_pat
     one = benchmarks.score_models(saved, [CHOICES, LIKELIHOOD], on=["cpu"], **options)
     two = benchmarks.score_models(saved, [CHOICES, LIKELIHOOD], on=["cpu", "cpu"], **options)
     assert one == two
-    assert {name: [row.name for row in rows] for name, rows in one.items()} == dict.fromkeys(
-        saved, ["knowledge", "retrieval"]
-    )
+    assert {name: [row.name for row in rows] for name, rows in one.items()} == {
+        name: ["knowledge", "retrieval"] for name in saved
+    }

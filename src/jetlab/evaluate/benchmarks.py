@@ -306,7 +306,8 @@ def _load(folder: str, device: str):
     from jetlab.models import export, surgery
 
     layout = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    return (export if layout["model_type"] == "jet_nemotron" else surgery).load(folder, device=device)
+    model, tokenizer = (export if layout["model_type"] == "jet_nemotron" else surgery).load(folder, device=device)
+    return model.bfloat16() if device.startswith("cuda") else model, tokenizer
 
 
 def _score(

@@ -17,7 +17,7 @@ import torch
 
 from jetlab.config import Tasks
 from jetlab.models.prefixes import branching
-from jetlab.models.surgery import HybridCache, LayerKinds, kinds_of
+from jetlab.models.surgery import HybridCache, LayerKinds, kinds_of, path_bytes
 from jetlab.progress import progress
 from jetlab.tasks import Example, Task, build_tasks
 
@@ -114,7 +114,7 @@ class Exam:
         sorted order, so that they still share most layers; at least one of each. `label` names the line of progress.
         """
         wanted = list(dict.fromkeys(map(tuple, architectures)))
-        max_rows = max_rows or MAX_ROWS[next(model.parameters()).device.type]
+        max_rows = max_rows or _fitting_rows(model, max(len(c) for _, contexts, _ in self._papers for c in contexts))
         n_rows = max(_rows_of_a_context(asked) for _, _, asked in self._papers)
         groups = _split(sorted(wanted), max(1, max_rows // n_rows))
         scores: dict[LayerKinds, dict[str, Score]] = {kinds: {} for kinds in wanted}
@@ -153,6 +153,16 @@ def _tokenise(examples: Sequence[Example], tokenizer, n_questions: int) -> tuple
             whole = [encode(question.prompt + text)[len(prompt) :] for text in (question.answer, *others)]
             asked.append(_Asked(index, prompt, whole, len(question.answer)))
     return contexts, asked
+
+
+def _fitting_rows(model, n_tokens: int) -> int:
+    """Rows of one forward: `MAX_ROWS`, or on a GPU what half of its free memory holds of states and logits if that is less."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return MAX_ROWS["cpu"]
+    state = sum(max(of.values()) for of in path_bytes(model, n_tokens, model.dtype))
+    logits = 4 * 4 * model.config.get_text_config().vocab_size  # of one token, in fp32, with its softmax
+    return max(1, min(MAX_ROWS["cuda"], torch.cuda.mem_get_info(device)[0] // 2 // (state + logits)))
 
 
 def _rows_of_a_context(asked: Sequence[_Asked]) -> int:

@@ -300,6 +300,17 @@ def _samples(study: Study) -> list[Block]:
     return [_table(tuple(rows[0]), shown)]
 
 
+def _size(study: Study) -> str:
+    """How far the study's model is from the paper's."""
+    n_params = study.metrics["teacher"].get("n_params", 0)
+    if n_params > 1e9:
+        return f"It has {n_params / 1e9:.2f} billion parameters; rows that name records are of small models."
+    return (
+        "It is thousands of times smaller than the paper's; its "
+        "tasks are synthetic, its data and budget its own: directions can be compared, sizes of effects cannot."
+    )
+
+
 def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> list[Block]:
     """All blocks of the report; `drawn` names the figures that exist."""
 
@@ -317,9 +328,8 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         Heading(1, "Jet-Nemotron in miniature: what the papers say and what this study measures"),
         Paragraph(headline(items)),
         Paragraph(
-            "A small pretrained transformer goes through the four search steps of PostNAS (arXiv:2508.15884) and comes "
-            "out as a hybrid of linear and full attention. It is thousands of times smaller than the paper's; its "
-            "tasks are synthetic, its data and budget its own: directions can be compared, sizes of effects cannot. "
+            "A pretrained transformer goes through the four search steps of PostNAS (arXiv:2508.15884) and comes "
+            f"out as a hybrid of linear and full attention. {_size(study)} "
             "Speed and memory of the published models are closed forms and hold at their true size. "
             f"All results are of profile `{study.profile}`."
         ),

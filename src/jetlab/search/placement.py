@@ -353,14 +353,14 @@ def _share(
 ) -> dict[str, ScoreTable]:
     """What one process scores: some of the placements, on the device that is its own."""
     device, placements = share
-    model, tokenizer = load(study.supernet, member[1], member[2])
+    model, tokenizer = load(study.supernet, member[1], member[2], device=device)
     papers = {split: _paper(study, tokenizer, split) for split in SPLITS[1:]}
-    return _tables(member, study, model.to(device), papers, placements, [device])
+    return _tables(member, study, model, papers, placements, [device])
 
 
 def _search(member: tuple[str, str, str, int], study: PlacementStudy, on: Sequence[str]) -> PlacementRun:
     name, teacher, weights, seed = member
-    model, tokenizer = load(study.supernet, teacher, weights)
+    model, tokenizer = load(study.supernet, teacher, weights, device=on[0] if len(on) == 1 else "cpu")
     n_layers, block = model.config.num_hidden_layers, study.supernet.block
     if study.select_budget >= n_layers:
         raise ValueError(
@@ -370,6 +370,7 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy, on: Sequen
     papers = {split: _paper(study, tokenizer, split) for split in SPLITS[1:]}
     tables = _tables(member, study, model, papers, [*placements, everything], on)
     full = {split: table.pop(everything) for split, table in tables.items()}
+    model.to(on[0])  # which the processes that scored have left
     texts = token_rows(
         build_tasks(study.tasks.sizes)["text"], tokenizer, "search", study.tasks.n_contexts["search"], study.common.seed
     )

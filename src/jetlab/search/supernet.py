@@ -33,9 +33,13 @@ class SupernetRun:
     history: list[dict]
 
 
-def build(study: SupernetStudy, teacher: str, seed: int) -> tuple[PreTrainedModel, object]:
+def build(
+    study: SupernetStudy, teacher: str, seed: int, *, device: str | None = None
+) -> tuple[PreTrainedModel, object]:
     """An untrained supernet over the teacher in a folder, and its tokeniser; the seed decides the new paths' weights."""
-    model, tokenizer = surgery.load(teacher, device=study.common.device)
+    # On text the GPUs belong to the processes that train.
+    device = device or (study.common.device if study.text is None else "cpu")
+    model, tokenizer = surgery.load(teacher, device=device)
     torch.manual_seed(_init_seed(seed))
     return surgery.wrap(model, study.block, study.dims.block(model.config.hidden_size)), tokenizer
 
@@ -64,7 +68,15 @@ def train(study: SupernetStudy, name: str, teacher: str, weights: str, seed: int
 def _train_on_text(study: SupernetStudy, name: str, teacher: str, weights: str, seed: int) -> SupernetRun:
     label = f"supernet {name}"
     job = PathsJob(
-        folder=launch.job_folder(label, [study.model_dump(), seed, launch.model_digest(teacher)]),
+        folder=launch.job_folder(
+            label,
+            [
+                study.model_dump(exclude={"text"}),
+                launch.what_is_read(study.text, 1),
+                seed,
+                launch.model_digest(teacher),
+            ],
+        ),
         label=label,
         teacher=str(teacher),
         text=study.text,
@@ -82,7 +94,6 @@ def _train_on_text(study: SupernetStudy, name: str, teacher: str, weights: str, 
     trained, history = launch.train(job)
     with replacing(weights) as temporary:
         save_file(trained, temporary)
-    launch.clear(job.folder)
     return SupernetRun(name, teacher, weights, history)
 
 
@@ -136,12 +147,14 @@ def train_all(study: SupernetStudy, teachers: list[str], out_dir: str | Path) ->
     return parallel_map(partial(_train, study=study), every, n_workers=n_workers, n_threads=study.common.n_threads)
 
 
-def load(study: SupernetStudy, teacher: str, weights: str | Path) -> tuple[PreTrainedModel, object]:
-    """A trained supernet again, every path from `weights`, everything else from the teacher and frozen.
+def load(
+    study: SupernetStudy, teacher: str, weights: str | Path, *, device: str | None = None
+) -> tuple[PreTrainedModel, object]:
+    """A trained supernet again on `device` (None: the study's), every path from `weights`, all else the teacher's and frozen.
 
     Raises MissingInput without the weights, ValueError if they are not those of exactly these paths.
     """
-    model, tokenizer = build(study, teacher, study.common.seed)
+    model, tokenizer = build(study, teacher, study.common.seed, device=device or study.common.device)
     saved = load_file(require(weights, "supernet"))
     surgery.freeze(model)
     expected = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from jetlab.train.ranks import Ranks
 
 _NAME = "step-{:08d}"
-N_KEPT = 2  # a node can die in the very moment in which the last one is read
+N_KEPT = 2  # should the last one be damaged, deleting its folder goes back to the one before
 
 
 class Position(Protocol):
@@ -50,8 +50,7 @@ class ShardedResume:
 
     def save(self, step: int, tensors: dict[str, Tensor], history: list[dict]) -> None:
         """Write it, unless this step has a whole one already, which then holds the same."""
-        self._ranks.wait()
-        if (self.folder / _NAME.format(step) / "run.json").exists():
+        if self._ranks.of_first((self.folder / _NAME.format(step) / "run.json").exists()):
             return
         new = self.folder / f".{_NAME.format(step)}.partial"
         if self._ranks.is_first:
@@ -70,14 +69,15 @@ class ShardedResume:
 
     def load(self) -> tuple[int, dict[str, Tensor], list[dict]] | None:
         """(step, tensors, history) of the last whole checkpoint, or None; the text goes on where it stood."""
-        self._ranks.wait()  # behind a rename that another process is about to make
-        if not (found := self._whole()):
+        # One looks for all: on shared storage another may see a folder later.
+        if (name := self._ranks.of_first(next((path.name for path in reversed(self._whole())), None))) is None:
             return None
-        run = json.loads((found[-1] / "run.json").read_text())
-        saved = FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+        last = self.folder / name
+        run = json.loads((last / "run.json").read_text())
+        saved = FileSystemReader(last).read_metadata().state_dict_metadata
         tensors = {name: self._like(name, meta) for name, meta in saved.items()}
-        dcp.load(tensors, storage_reader=FileSystemReader(found[-1]))
-        parts = [json.loads(file.read_text()) for file in sorted(found[-1].glob("streams-*.json"))]
+        dcp.load(tensors, storage_reader=FileSystemReader(last))
+        parts = [json.loads(file.read_text()) for file in sorted(last.glob("streams-*.json"))]
         streams = {name: state for part in parts for name, state in part["streams"].items()}
         self._corpus.load_state_dict({"step": parts[0]["step"], "streams": streams})
         return run["step"], tensors, run["history"]

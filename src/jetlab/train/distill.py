@@ -54,13 +54,11 @@ def distill(
     On text stage 2 has the loss of `text.WeightsStep`. `options` are passed to the block.
     """
     label = "distill, stage 1"
-    run = train_hybrid(study, study.stage1, teacher, layers, kind, dims, label=label, options=options, keep_job=True)
+    run = train_hybrid(study, study.stage1, teacher, layers, kind, dims, label=label, options=options)
     stage1 = run.scores
     key = [study.model_dump(), layers, kind, str(dims), options, launch.model_digest(teacher)]
     stage2_on = _stage2_on_tasks if study.text is None else _stage2_on_text
     history = stage2_on(study, teacher, run, key, options or {})
-    if run.job is not None:
-        launch.clear(run.job)
     stage2 = exam(study.tasks, run.tokenizer, "test", study.common.seed).score(run.model)
     return DistillRun(
         run,
@@ -74,7 +72,8 @@ def distill(
 
 
 def _stage2_on_text(study: DistillStudy, teacher: str, run: HybridRun, key: list, options: dict) -> list[dict]:
-    folder = launch.job_folder("distill, stage 2", key)
+    read = [launch.what_is_read(study.text, stage) for stage in (1, 2)]
+    folder = launch.job_folder("distill, stage 2", [*read, study.model_dump(exclude={"text"}), *key[1:]])
     surgery.save(run.model, resolve(folder) / "model", run.tokenizer, dims=run.dims, **options)
     run.model.cpu()  # the GPUs belong to the processes that train
     job = WeightsJob(
@@ -90,9 +89,8 @@ def _stage2_on_text(study: DistillStudy, teacher: str, run: HybridRun, key: list
         warmup=study.stage1.warmup,
     )
     trained, history = launch.train(job)
-    run.model.load_state_dict(trained, strict=False)
+    launch.put(run.model, trained)
     run.model.to(study.common.device).eval()
-    launch.clear(folder)
     return history
 
 

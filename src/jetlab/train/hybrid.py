@@ -1,6 +1,6 @@
 """One hybrid at a given placement, with everything but its linear layers frozen: the unit of every comparison."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ class HybridRun:
 
     `selection` are its scores on split `select`, by which runs may be chosen; `scores` those on `test`, to be reported.
     `n_params` counts all its parameters, `block_params` those of a linear layer on average, `state_bytes` the state of
-    one linear layer for one sequence in fp32. `job` is the folder of a training on text.
+    one linear layer for one sequence in fp32.
     """
 
     model: PreTrainedModel
@@ -37,7 +37,6 @@ class HybridRun:
     n_params: int
     block_params: int
     state_bytes: int
-    job: str | None = None
 
 
 def train_hybrid(
@@ -50,12 +49,11 @@ def train_hybrid(
     *,
     label: str,
     options: dict | None = None,
-    keep_job: bool = False,
 ) -> HybridRun:
     """Convert the teacher to attention in `layers` and `kind` elsewhere, and train the linear layers.
 
     The seed, and with it data and initial values, is the study's; `options` are passed to the block. A study with `text`
-    trains in processes of its own, whose finished job stays for a caller that has more to do if `keep_job`.
+    trains in processes of its own.
     """
     options = options or {}
     seed, device = study.common.seed, study.common.device
@@ -68,7 +66,8 @@ def train_hybrid(
     torch.manual_seed(init_seed)
     surgery.wrap(model, kind, dims, layers=linear, **options)
     if study.text is not None:
-        key = [study.model_dump(), training.model_dump(), kinds, str(dims), options, launch.model_digest(teacher)]
+        read = launch.what_is_read(study.text, 1)
+        key = [seed, read, training.model_dump(), kinds, str(dims), options, launch.model_digest(teacher)]
         job = PathsJob(
             folder=launch.job_folder(label, key),
             label=label,
@@ -86,12 +85,9 @@ def train_hybrid(
             training=training,
         )
         trained, history = launch.train(job)
-        model.load_state_dict(trained, strict=False)
+        launch.put(model, trained)
         surgery.prune(model.to(device).eval(), kinds)
-        run = measured(study, model, tokenizer, dims, history)
-        if not keep_job:
-            launch.clear(job.folder)
-        return replace(run, job=job.folder)
+        return measured(study, model, tokenizer, dims, history)
     mixture = Mixture(build_tasks(study.tasks.sizes), training.rows, tokenizer, study.tasks.seq_len, seed)
     digest = file_digest(Path(teacher) / "model.safetensors")
     key = [study.model_dump(), training.model_dump(), kinds, str(dims), options, digest]

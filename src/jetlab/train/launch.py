@@ -4,29 +4,39 @@ A kernel in which CUDA is in use cannot become many processes, and one that dies
 half-written: so training runs in processes of its own, and its folder holds all that is needed to go on.
 """
 
+import gc
 import hashlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
+from jetlab.config import Text
 from jetlab.paths import ROOT, replacing, resolve, shown
 from jetlab.train.loop import file_digest
 from jetlab.train.main import PathsJob, WeightsJob
 
-RESTARTS = 3  # of all processes, when one was killed
+RESTARTS = 3  # of all processes, when one was killed, without a new checkpoint
 _TAIL = 25  # lines of their output that an error shows
 
 
 class TrainingFailed(RuntimeError):
     """The processes of a training run ended without a result."""
+
+
+def what_is_read(text: Text, stage: Literal[1, 2]) -> dict:
+    """The part of section `text` that decides a job's result; how many processes share the work, and how, does not."""
+    how = {"n_processes", "rows_at_once", "recompute", "checkpoint_steps", "on_damage"}
+    other = {"stage2_sources", "stage2_label_weight"} if stage == 1 else {"sources"}
+    return text.model_dump(exclude=how | other)
 
 
 def job_folder(label: str, key: object) -> str:
@@ -51,26 +61,48 @@ def hidden_size(folder: str | Path) -> int:
 
 
 def train(job: PathsJob | WeightsJob) -> tuple[dict[str, Tensor], list[dict]]:
-    """Run a job to its end -> (what was trained, by name, and the loss curve); `clear` it once these are safe.
+    """Run a job to its end -> (what was trained, by name, and the loss curve).
+
+    Its folder stays until the stage has written its results, when `jetlab.run` removes it; a notebook that is run by hand
+    leaves it in scratch/train. So no failure behind the training costs the training.
 
     `torchrun --standalone` with text.n_processes processes. JETLAB_TORCHRUN replaces these arguments, for several nodes:
     README.md, "More than one machine". When a process was killed, all start again from the last checkpoint, `RESTARTS`
-    times at most; when this one is killed, they end, and the same call goes on from their checkpoint.
+    times at most without progress; when this one is killed, they end, and the same call goes on from their checkpoint.
     Raises TrainingFailed with the error of a process that raised one, or the end of what they printed.
     """
     folder = resolve(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if "JETLAB_JOBS" in os.environ:
+        with open(os.environ["JETLAB_JOBS"], "a", encoding="utf-8") as jobs:
+            jobs.write(f"{folder}\n")
     with replacing(folder / "job.json") as temporary:
         temporary.write_text(job.model_dump_json(indent=2), encoding="utf-8")
+    if torch.cuda.is_initialized():  # what this process keeps of a GPU the first of the others lacks
+        gc.collect()
+        torch.cuda.empty_cache()
     if not (folder / "history.json").exists():
         _torchrun(job, folder)
     weights = load_file(folder / "weights.safetensors")
     return weights, json.loads((folder / "history.json").read_text(encoding="utf-8"))
 
 
-def clear(folder: str | Path) -> None:
-    """Remove a job's folder, with its checkpoints and results."""
-    shutil.rmtree(resolve(folder), ignore_errors=True)
+def put(model: PreTrainedModel, trained: dict[str, Tensor]) -> None:
+    """Give a model what a job trained. Raises ValueError for a tensor that it has no place for, or of another shape."""
+    mine = dict(model.named_parameters())
+    if wrong := sorted(name for name, x in trained.items() if name not in mine or mine[name].shape != x.shape):
+        raise ValueError(
+            f"a job trained {len(wrong)} tensors that do not fit the model, the first is {wrong[0]}; remove scratch/train and "
+            "run the stage again"
+        )
+    with torch.no_grad():
+        for name, x in trained.items():
+            mine[name].copy_(x)
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """The checkpoints in a job's folder: a new one says that an attempt got on."""
+    return sorted(str(path) for path in folder.glob("*/step-*/run.json"))
 
 
 def _torchrun(job: PathsJob | WeightsJob, folder: Path) -> None:
@@ -80,7 +112,9 @@ def _torchrun(job: PathsJob | WeightsJob, folder: Path) -> None:
     with replacing(folder / "command.txt") as temporary:  # for the other nodes, and for whoever wants to run it by hand
         temporary.write_text(shlex.join(["torchrun", *arguments]) + "\n", encoding="utf-8")
     log, error = folder / "output.txt", folder / "error.txt"
-    for attempt in range(1 + RESTARTS):
+    attempt, reached = 0, _checkpoints(folder)
+    while attempt <= RESTARTS:
+        attempt += 1
         error.unlink(missing_ok=True)
         with log.open("a", encoding="utf-8") as file:
             done = subprocess.run(
@@ -95,12 +129,12 @@ def _torchrun(job: PathsJob | WeightsJob, folder: Path) -> None:
             return
         if error.exists():
             raise TrainingFailed(f"{job.label}: {error.read_text(encoding='utf-8')} (all output: {shown(log)})")
-        print(
-            f"{job.label}: a process died (attempt {attempt + 1}); all go on from the last checkpoint", file=sys.stderr
-        )
+        print(f"{job.label}: a process died (attempt {attempt}); all go on from the last checkpoint", file=sys.stderr)
+        if _checkpoints(folder) != reached:  # a run of days may lose a process a day
+            attempt, reached = 0, _checkpoints(folder)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
     raise TrainingFailed(
-        f"{job.label}: processes died {1 + RESTARTS} times, the last time with code {done.returncode}; the end of "
-        f"{shown(log)} is below; set right what it says and run the stage again, which goes on from the last checkpoint\n"
-        + "\n".join(lines)
+        f"{job.label}: processes died {attempt} times without a new checkpoint, the last time with code {done.returncode}; "
+        f"the end of {shown(log)} is below; set right what it says and run the stage again, which goes on from the last "
+        "checkpoint\n" + "\n".join(lines)
     )

@@ -95,7 +95,8 @@ def _code_digest() -> str:
 
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, for the key of a `Resume`."""
-    return hashlib.sha256(resolve(path).read_bytes()).hexdigest()
+    with resolve(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def adamw(

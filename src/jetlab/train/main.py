@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 from pydantic import Field, TypeAdapter
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
@@ -99,6 +99,7 @@ def _paths(job: PathsJob, ranks: Ranks, folder: Path) -> tuple[PreTrainedModel, 
     model, tokenizer = surgery.load(resolve(job.teacher))
     torch.manual_seed(job.init_seed)
     surgery.wrap(model, job.block, BlockDims(**job.dims), layers=job.layers, **job.options)
+    _start_alike(model, ranks, folder / "start.safetensors")
     n_layers = model.config.num_hidden_layers
     if job.law is None:
         linear = range(n_layers) if job.layers is None else job.layers
@@ -109,6 +110,19 @@ def _paths(job: PathsJob, ranks: Ranks, folder: Path) -> tuple[PreTrainedModel, 
     history = train_paths_on_text(model, corpus, law, job.training, job.text, ranks, folder, label=job.label)
     _report_damage(corpus, ranks)
     return model, history
+
+
+def _start_alike(model: PreTrainedModel, ranks: Ranks, file: Path) -> None:
+    """Every process takes the first one's new paths: on another processor a factor may come out with another sign."""
+    surgery.freeze(model)
+    new = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if ranks.is_first and not file.exists():
+        with replacing(file) as temporary:
+            save_file({name: p.detach().contiguous() for name, p in new.items()}, temporary)
+    ranks.wait()
+    with torch.no_grad():
+        for name, x in load_file(file).items():
+            new[name].copy_(x)
 
 
 def _weights(job: WeightsJob, ranks: Ranks, folder: Path) -> tuple[PreTrainedModel, list[dict]]:
@@ -128,6 +142,12 @@ def _report_damage(corpus: PackedCorpus, ranks: Ranks) -> None:
         print("Files that could not be read to their end and were left out:", *damaged, sep="\n  ", file=sys.stderr)
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether a restart can help: the network, a device, or a partner that was killed, which gloo tells as a RuntimeError."""
+    passing = (ConnectionError, dist.DistError, getattr(torch, "AcceleratorError", dist.DistError))
+    return isinstance(error, passing) or (type(error) is RuntimeError and "gloo" in str(error))
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1:
@@ -143,9 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
                 os.environ["JETLAB_PROGRESS"] = os.devnull  # the first process draws the line
             run(job, ranks)
     except Exception as error:
-        # For the one who started it. A process whose partner was killed sees a plain RuntimeError of the transport: after
-        # that, and only that, a restart can help.
-        if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+        if not _may_pass(error):  # for the one who started it, who then does not try again
             with replacing(resolve(job.folder) / "error.txt") as temporary:
                 temporary.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
         raise

@@ -47,6 +47,12 @@ class Ranks:
         """Until every process is here."""
         dist.barrier()
 
+    def of_first(self, x: object) -> object:
+        """What the first process gives, on each; behind it all have arrived."""
+        held = [x]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
     def gathered(self, x: object) -> list:
         """What every process gives, in order, on each."""
         found = [None] * self.world_size

@@ -1,5 +1,6 @@
 """The starting point: a small Qwen2 that masters every task, as the study's pretrained full-attention model."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from jetlab.data.packing import Batch, Mixture
 from jetlab.data.tokenizer import build_tokenizer
 from jetlab.models import surgery
 from jetlab.parallel import parallel_map
-from jetlab.paths import ROOT, require, resolve
+from jetlab.paths import ROOT, replacing, require, resolve
 from jetlab.seeding import generator
 from jetlab.tasks import build_tasks
 from jetlab.train.loop import Resume, adamw, fit
@@ -176,23 +177,30 @@ def provide(study: TeacherStudy, out_dir: str | Path) -> list[str]:
 
     bundled: assets/teacher/0 …; hub: the model is read from the Hugging Face hub once, as safetensors and without its
     code, and written to `out_dir`/teacher/0 in bfloat16, so that later stages need no network; train: each teacher is
-    trained and written to `out_dir`/teacher/0 ….
+    trained and written to `out_dir`/teacher/0 …. `out_dir`/teacher/source.json says where they are from.
     Raises MissingInput for a bundled teacher that is not there.
     """
+    read = {"source": study.source}
     match study.source:
         case "bundled":
-            return [str(require(f"assets/teacher/{i}", "teacher").relative_to(ROOT)) for i in range(study.n_teachers)]
+            folders = [
+                str(require(f"assets/teacher/{i}", "teacher").relative_to(ROOT)) for i in range(study.n_teachers)
+            ]
         case "hub":
             folder = Path(out_dir) / "teacher" / "0"
             model, tokenizer = surgery.load(study.hub_id, revision=study.hub_revision)
+            read |= {"hub_id": study.hub_id, "commit": getattr(model.config, "_commit_hash", None)}
             model.to(torch.bfloat16).save_pretrained(
                 resolve(folder), max_shard_size="1TB"
             )  # one file, as `load` reads it
             tokenizer.save_pretrained(resolve(folder))
-            return [str(folder)]
+            folders = [str(folder)]
         case "train":
             train = partial(_train_into, out_dir=str(out_dir), study=study)
-            return parallel_map(train, range(study.n_teachers), n_threads=study.common.n_threads)
+            folders = parallel_map(train, range(study.n_teachers), n_threads=study.common.n_threads)
+    with replacing(Path(out_dir) / "teacher" / "source.json") as temporary:
+        temporary.write_text(json.dumps(read, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return folders
 
 
 def _train_into(index: int, out_dir: str, study: TeacherStudy) -> str:
