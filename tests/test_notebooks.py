@@ -12,7 +12,7 @@ from jetlab.paths import ROOT
 
 FILES = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CPU_SECONDS = 20  # of kernel and runner together: what a reader waits on one idle core
-# Of 11 to 14 seconds on an idle core; where two workers share one they were seen at 21.3 and 20.7.
+# Of 11 to 14 seconds on an idle core; where two workers share one they were seen at 21.3, 20.7 and 20.3.
 SLOWER = {"05_jetblock": 30, "08_evaluate": 30, "09_throughput": 25}
 each_notebook = pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 
