@@ -233,6 +233,36 @@ class TeacherTraining(StudyModel):
     sizes: dict[str, dict[str, int | float]]  # task sizes in training: at least those of `tasks.sizes`
 
 
+class NemotronPhase(StudyModel):
+    name: Annotated[str, Field(min_length=1)]
+    n_steps: Count
+    muon_learning_rate: Rate  # of the matrices of the layers
+    growth: Annotated[float, Field(ge=0, lt=1)]  # share of the steps over which contexts grow to full size
+    rows: Annotated[dict[str, Count], Field(min_length=1)]  # of each task in a step
+
+
+class NemotronTraining(StudyModel):
+    """Shape and training of the small NemotronH."""
+
+    layers: str  # M Mamba2, - MLP, * attention
+    d_model: Count
+    d_ff: Count
+    n_heads: Count
+    n_kv_heads: Count
+    head_dim: Count
+    mamba_heads: Count
+    mamba_head_dim: Count
+    state_size: Count  # width of a Mamba head's keys
+    n_groups: Count  # of Mamba heads that share keys and queries
+    chunk_size: Count  # tokens that the scan takes at once
+    phases: Annotated[list[NemotronPhase], Field(min_length=1)]
+    learning_rate: Rate  # of AdamW, for embeddings, norms and biases
+    warmup: Count  # steps, in each phase
+    n_workers: Annotated[int, Field(ge=0)]  # processes that make batches
+    weights: dict[str, float]
+    sizes: dict[str, dict[str, int | float]]  # task sizes in training: at least those of `tasks.sizes`
+
+
 class Study(StudyModel):
     """What every stage reads."""
 
@@ -295,8 +325,8 @@ class SupernetStudy(TrainingStudy):
 
 
 Selector = Literal[
-    "single_layer", "beam", "greedy_add", "greedy_remove", "kl", "gates", "uniform", "random", "exhaustive"
-]
+    "single_layer", "beam", "greedy_add", "greedy_remove", "kl", "logit_error", "gates", "uniform", "random", "exhaustive"
+]  # fmt: skip
 
 
 Variant = Literal[
@@ -323,10 +353,11 @@ class PlacementStudy(Study):
         return self
 
     @model_validator(mode="after")
-    def _gates_have_tasks(self) -> Self:
-        if "gates" in self.selectors and not self.supernet.training.rows:
+    def _selectors_have_tasks(self) -> Self:
+        asked = [name for name in ("gates", "logit_error") if name in self.selectors]
+        if asked and not self.supernet.training.rows:
             raise ValueError(
-                "selector gates trains on the rows of tasks in supernet.training, which are none; leave it out"
+                f"{' and '.join(asked)} among selectors need rows of tasks in supernet.training, which are none; leave it out"
             )
         return self
 
@@ -525,6 +556,46 @@ class ThroughputStudy(StudyModel):
     n_repeats: Count
 
 
+class Compression(StudyModel):
+    """Nemotron Nano 2's recipe (arXiv:2508.14444, Sec 4): the budget's setting, what may be removed, and how long to distil."""
+
+    context: Count  # tokens at which the memory is counted
+    batch: Count  # sequences at which the memory is counted
+    n_calibration: Count  # batches of `rows` on which importance is measured
+    aggregate: Literal["mean", "l2"]  # of activations over tokens
+    n_removed: Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=1)
+    ]  # layers to remove: depths that are tried
+    d_model: Annotated[list[Count], Field(min_length=1)]  # widths that are tried, the model's own among them or not
+    d_ff: Annotated[list[Count], Field(min_length=1)]
+    n_mamba_heads: Annotated[list[Count], Field(min_length=1)]  # multiples of the groups
+    n_candidates: Count  # widths that are distilled at the chosen depth
+    rank_steps: Count  # of distillation, to rank depths and widths
+    final_steps: Count  # of distillation, for the winner and each random pruning
+    n_random: Count  # random prunings of the winner's bytes
+    n_workers: Count  # processes for the last distillations
+    learning_rate: Rate
+    warmup: Count  # steps
+    rows: Annotated[dict[str, Count], Field(min_length=1)]  # of each task in a step
+    weights: dict[str, float]  # of a task's loss; 1 where not named
+
+
+class AttentionSearch(StudyModel):
+    """Jet-Nemotron's placement search on the mixers of a NemotronH."""
+
+    law: Literal["coin", "fixed_k", "up_to_k", "sandwich"]  # that draws placements; k is what the model has
+    beam_width: Count
+    training: Training  # of the new mixers
+
+
+class Nano2Study(Study):
+    source: Literal["bundled", "train"]  # bundled: assets/nemotron; train: from random weights
+    n_models: Count  # of different seeds
+    training: NemotronTraining
+    compression: Compression
+    attention: AttentionSearch | None  # null: the committed record of it is shown
+
+
 def check_params(params: dict[str, Any]) -> None:
     """Build every study that the sections of a params.yaml describe, one for each stage and entry of a matrix.
 
@@ -532,7 +603,7 @@ def check_params(params: dict[str, Any]) -> None:
     variants that are missing or unknown.
     """
     keys = ("common", "tasks", "text", "teacher", "supernet", "placement", "variants", "blocks", "jetblock", "hardware")
-    _require_keys("params.yaml", params, (*keys, "distill", "evaluate", "throughput"))
+    _require_keys("params.yaml", params, (*keys, "distill", "evaluate", "throughput", "nano2"))
     every = {"common": params["common"], "tasks": params["tasks"]}
     training = every | {"text": params["text"]}
     _require_data(params)
@@ -550,6 +621,7 @@ def check_params(params: dict[str, Any]) -> None:
     DistillStudy.from_params(**training, **chosen, **params["distill"])
     EvaluateStudy.from_params(**every, **params["evaluate"])
     ThroughputStudy.from_params(common=params["common"], **params["throughput"])
+    Nano2Study.from_params(**every, **params["nano2"])
 
 
 def _require_data(params: dict[str, Any]) -> None:

@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from jetlab.evaluate.suite import Exam, Score, normalised, paired_difference, standard_error
 from jetlab.layers.dims import BlockDims
 from jetlab.models import surgery
 from jetlab.paths import ROOT
+from jetlab.tasks import Example, Question
 from jetlab.train.paths import placement_kinds
 
 N_CONTEXTS, N_QUESTIONS = 4, 3
@@ -185,6 +187,62 @@ def test_choices_of_several_tokens_are_judged_by_their_whole_likelihood(model, t
             right.append(max(by_choice, key=by_choice.get) == question.answer)
         correct.append(np.mean(right))
     np.testing.assert_array_equal(score.correct, correct)
+
+
+def nemotron_h(vocab_size, pattern):
+    """A small Nemotron-H with random weights, large enough that dt falls below time_step_min at a good part of the tokens."""
+    torch.manual_seed(0)
+    config = NemotronHConfig(
+        vocab_size=vocab_size, hidden_size=32, hybrid_override_pattern=pattern, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, intermediate_size=48, mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8,
+        chunk_size=8, initializer_range=0.3, time_step_min=0.01,
+    )  # fmt: skip
+    return NemotronHForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", params=["M-M*-", "M-MM-", "*-*-"], ids=["hybrid", "mamba-alone", "attention-alone"])
+def nemotron(request, tokenizer):
+    return nemotron_h(len(tokenizer), request.param)
+
+
+@pytest.mark.parametrize("name", ["knowledge", "math", "retrieval", "code", "facts", "text"])
+def test_a_model_without_slots_carries_its_state_over_too(name, nemotron, exam, tasks, tokenizer):
+    score = exam.score(nemotron)[name]
+    correct, loss, _ = alone(nemotron, tokenizer, tasks[name])
+    if tasks[name].metric == "accuracy":
+        np.testing.assert_array_equal(score.correct, correct)
+    np.testing.assert_allclose(score.loss, loss, rtol=1e-5, atol=1e-4)  # fp32: the order of sums differs
+
+
+@pytest.mark.parametrize("batch", [{"batch_size": 1}, {"batch_size": 3}, {"max_rows": 7}])
+def test_the_batch_changes_nothing_without_slots_either(batch, nemotron, exam):
+    expected, n_rows = exam.score(nemotron), []
+    handle = nemotron.model.register_forward_hook(lambda _m, _x, y: n_rows.append(len(y.last_hidden_state)))
+    found = exam.score(nemotron, **batch)
+    handle.remove()
+    assert_same_scores(found, expected)
+    assert max(n_rows) <= batch.get("max_rows", batch.get("batch_size", N_CONTEXTS) * N_QUESTIONS)
+
+
+class _Completion:
+    """A task whose questions have no prompt: behind the context only its own last token is left to read."""
+
+    name, metric, chance = "completion", "accuracy", 0.0
+
+    def examples(self, split, n, seed):
+        return [Example(f"<math> {digit} 3 1 4", (Question("", " 5"),)) for digit in range(n)]
+
+
+def test_a_lone_token_is_not_read_by_the_step_that_does_not_clamp_dt(nemotron, tokenizer):
+    score = Exam([_Completion()], tokenizer, "test", 3, 0).score(nemotron)["completion"]
+    loss = [-log_likelihood(nemotron, tokenizer, f"<math> {digit} 3 1 4", " 5")[0] for digit in range(3)]
+    np.testing.assert_allclose(score.loss, loss, rtol=1e-5)
+
+
+def test_slots_change_no_score(exam):
+    model, _ = surgery.load(ROOT / "assets/teacher/0")
+    plain = exam.score(model)
+    assert_same_scores(exam.score(surgery.attach(model)), plain)
 
 
 def score_of(*correct):

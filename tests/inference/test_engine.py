@@ -13,6 +13,8 @@ from transformers import (
     Mamba2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -20,7 +22,7 @@ from transformers import (
 )
 
 from jetlab.hf import JetNemotronConfig, JetNemotronForCausalLM
-from jetlab.inference import memory
+from jetlab.inference import mamba2, memory
 from jetlab.inference.engine import Engine, Sampling
 from jetlab.layers.state import tensors
 
@@ -30,6 +32,8 @@ WIDTHS |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 HEADS = WIDTHS | {"head_dim": 8}
 SLIDING = ["sliding_attention", "full_attention"] * 2
 MAMBA = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8}
+HYBRID = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+HYBRID |= {"num_key_value_heads": 2, "mamba_num_heads": 4, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2}
 BLOCKS = ["jetblock", "gated_deltanet", "deltanet", "gla", "mamba2", "retnet", "rwkv7"]
 MODELS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDTHS)),
@@ -37,9 +41,16 @@ MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDTHS)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**HEADS, sliding_window=5, layer_types=SLIDING)),
     "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(**MAMBA, n_groups=2, chunk_size=4)),
+    "nemotron_h": lambda: NemotronHForCausalLM(hybrid("M-M*-M")),
 } | {f"jet-{kind}": lambda kind=kind: jet(kind) for kind in BLOCKS}
 PROMPTS = [list(range(1, 14)), [5, 6, 7], list(range(20, 41))]
 N_NEW = 12
+
+
+def hybrid(pattern, **options):
+    """With time steps of which many are below the bound that Transformers keeps while it reads."""
+    options = {"chunk_size": 4, "time_step_min": 0.3, "time_step_max": 0.5} | options
+    return NemotronHConfig(**HYBRID | options, hybrid_override_pattern=pattern)
 
 
 def jet(kind):
@@ -50,12 +61,15 @@ def jet(kind):
 
 
 def made(name):
-    """Weights so large that tokens depend on the whole prompt and no two logits are near each other."""
+    """Weights so large that tokens depend on the whole prompt and no two logits are near each other.
+
+    So are the biases of convolutions, which then give something for padding too.
+    """
     torch.manual_seed(0)
     model = MODELS[name]()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or parameter_name.endswith("conv1d.bias"):
                 parameter.normal_(std=0.3)
     return model.to(DEVICE).eval()
 
@@ -81,7 +95,58 @@ def test_tokens_are_those_of_generate(name):
         assert engine.generate(PROMPTS[1:2], N_NEW) == generated(model, PROMPTS[1:2])  # a short one behind a long one
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma3", "jet-jetblock"])
+@pytest.mark.parametrize("name", ["mamba2", "nemotron_h"])
+def test_a_prompt_read_token_by_token_is_read_alike(name):
+    model = made(name)
+    engine = Engine(model, batch_size=3, max_len=21 + N_NEW, prefill_chunk=1, prefill_tokens=2)
+    assert engine.generate(PROMPTS, N_NEW) == generated(model, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "nemotron_h"])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_padding_in_front_of_a_prompt_changes_nothing(name, chunk):
+    engine = Engine(made(name), batch_size=2, max_len=40, prefill_chunk=chunk)
+    padded = engine.prefill([PROMPTS[2], [5]])[1].clone()
+    torch.testing.assert_close(padded, engine.prefill([[5]])[0], rtol=1e-4, atol=1e-4)  # fp32: the order of sums
+
+
+@pytest.mark.parametrize("name", ["mamba2", "nemotron_h"])
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_mamba2_layers_of_transformers_are_read_a_few_rows_at_a_time(name, state_dtype, monkeypatch):
+    """And count their states: nothing of Transformers' cache is left."""
+    model, rows = made(name), []
+    engine = Engine(model, batch_size=3, max_len=40, prefill_chunk=8, prefill_tokens=16, state_dtype=state_dtype)
+    monkeypatch.setattr(
+        engine, "_forward", lambda ids, *rest, own=engine._forward: rows.append(len(ids)) or own(ids, *rest)
+    )
+    engine.prefill(PROMPTS)
+    assert set(rows) == {2, 1}
+    row = memory.kv_bytes(model.config, 40, model.dtype) + memory.state_bytes(model, state_dtype)
+    assert engine.cache.nbytes() == 3 * row
+
+
+def test_a_filled_cache_of_a_hybrid_is_full_of_random_numbers_and_empty_again():
+    engine = Engine(made("nemotron_h"), batch_size=2, max_len=40)
+    filled = engine.cache.layers[0].all
+    assert not any(x.any() for x in tensors(filled))
+    engine.cache.fill(8, torch.Generator(DEVICE).manual_seed(0))
+    assert all(float(x.std()) == pytest.approx(0.1, rel=0.3) for x in tensors(filled))
+    assert engine.cache.layers[1].held() == []  # an MLP
+    expected = Engine(made("nemotron_h"), batch_size=2, max_len=40).generate(PROMPTS[:2], 5)
+    assert engine.generate(PROMPTS[:2], 5) == expected
+
+
+def test_a_step_of_a_mamba2_layer_is_the_op(monkeypatch):
+    engine, calls = Engine(made("nemotron_h"), batch_size=2, max_len=40), []
+    monkeypatch.setattr(mamba2, "mamba2_step", lambda *x, own=mamba2.mamba2_step, **y: calls.append(y) or own(*x, **y))
+    engine.prefill(PROMPTS[:2])
+    assert calls == []
+    if engine.graph is None:
+        engine.step()
+        assert len(calls) == 3 and all(call["in_place"] for call in calls)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "jet-jetblock", "mamba2"])
 def test_logits_do_not_depend_on_how_a_text_is_cut(name):
     model = made(name)
     text = list(range(3, 40))
@@ -141,6 +206,21 @@ def test_the_model_has_its_own_attention_again_afterwards():
     assert model.config._attn_implementation == before
 
 
+def test_mixers_have_their_own_forward_again_afterwards_even_where_one_failed(monkeypatch):
+    model = made("nemotron_h")
+    mixer = model.model.layers[0].mixer
+    engine = Engine(model, batch_size=1, max_len=8)
+    assert "forward" not in vars(mixer)
+    hook = lambda *x, **y: type(mixer).forward(mixer, *x, **y)  # noqa: E731  as accelerate sets one
+    mixer.forward = hook
+    monkeypatch.setattr(mamba2, "short_conv", None)
+    with pytest.raises(TypeError):
+        engine.generate([[1, 2]], 2)
+    assert mixer.forward is hook
+    assert "forward" not in vars(model.model.layers[2].mixer)
+    assert generated(model, [[1, 2]], max_new_tokens=2)
+
+
 def test_a_step_without_tokens_reads_the_likeliest():
     engine = Engine(made("qwen2"), batch_size=2, max_len=40)
     likeliest = engine.prefill(PROMPTS[:2]).argmax(-1)
@@ -149,14 +229,12 @@ def test_a_step_without_tokens_reads_the_likeliest():
     assert torch.equal(engine.step(), told)
 
 
-def test_addresses_stay_what_they_were():
-    engine = Engine(made("jet-jetblock"), batch_size=2, max_len=40, prefill_chunk=4)
+@pytest.mark.parametrize("name", ["jet-jetblock", "nemotron_h"])
+def test_addresses_stay_what_they_were(name):
+    engine = Engine(made(name), batch_size=2, max_len=40, prefill_chunk=4)
 
     def addresses():
-        layers = engine.cache.layers
-        held = [
-            x for layer in layers for x in (tensors(layer.all) if hasattr(layer, "all") else [layer.keys, layer.values])
-        ]
+        held = [x for layer in engine.cache.layers for x in layer.held()]
         return [x.data_ptr() for x in [*held, engine.cache.end, engine.cache.start, engine.tokens, engine.logits]]
 
     before = addresses()
@@ -193,6 +271,14 @@ def test_a_step_that_was_stopped_leaves_an_engine_that_works(monkeypatch):
             ),
             "rope_type must not be one of .* got 'dynamic'",
         ),
+        (
+            lambda: NemotronHForCausalLM(hybrid("ME*", n_routed_experts=2, moe_intermediate_size=8)),
+            "full_attention, linear_attention, mlp of NemotronHConfig, got moe; use the model's own generate",
+        ),
+        (
+            lambda: NemotronHForCausalLM(hybrid("M", mamba_hidden_act="gelu")),
+            "activation must be silu, got 'gelu' in NemotronHConfig",
+        ),
     ],
 )
 def test_refuses_models_that_it_would_get_wrong(config, message):
@@ -218,10 +304,11 @@ def test_nothing_is_generated_if_one_prompt_of_many_cannot_be():
             engine.generate([[token]], 2)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "mamba2"])
+@pytest.mark.parametrize("name", ["qwen2", "nemotron_h without Mamba2"])
 def test_refuses_a_state_format_where_there_is_no_state_of_its_own(name):
+    model = made(name) if name in MODELS else NemotronHForCausalLM(hybrid("*-"))
     with pytest.raises(ValueError, match="keeps no recurrent matrix"):
-        Engine(made(name), batch_size=1, max_len=8, state_dtype=torch.bfloat16)
+        Engine(model, batch_size=1, max_len=8, state_dtype=torch.bfloat16)
 
 
 def test_states_in_bf16_take_half_the_bytes_and_change_little():

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from jetlab_kernels import decode_attention, dynamic_conv, gated_delta_rule, gated_rms_norm, jetblock_step
+from jetlab_kernels import decode_attention, dynamic_conv, gated_delta_rule, gated_rms_norm, jetblock_step, mamba2_step
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages")
@@ -83,12 +83,16 @@ def launch_all(K: int, V: int, dtype: torch.dtype, *, packed: bool = False, sing
         head = [draw(n, H, K), draw(n, H, K), draw(n, H, V), draw(n, C, W), draw(n, H), draw(n, H), draw(n, H, V)]
         states = {"state": draw(n, H, K, V, dtype=torch.float32), "conv_state": draw(n, C, W - 1)}
         jetblock_step.jetblock_step(*head, draw(H), draw(H), draw(V), **states)
+    C = H * V + 2 * K  # a value head of V, a state of K, one group
+    token = [draw(B, C), draw(B, H * V), draw(B, H), draw(C, W), draw(C), draw(H), draw(H), draw(H), draw(H * V)]
+    states = {"state": draw(B, H, V, K, dtype=torch.float32), "conv_state": draw(B, C, W - 1)}
+    mamba2_step.mamba2_step(*token, **states)
     keys, end = draw(B, H, 8 * T, K), torch.tensor(T)
     decode_attention.decode_attention(draw(B, 6 * H, K), keys, keys, end=end, start=end.expand(B).contiguous())
 
 
 if __name__ == "__main__":
-    for module in (decode_attention, gated_delta_rule, dynamic_conv, gated_rms_norm, jetblock_step):
+    for module in (decode_attention, gated_delta_rule, dynamic_conv, gated_rms_norm, jetblock_step, mamba2_step):
         module.check_device = lambda *tensors: None
     for shape in sys.argv[1:]:
         K, V, dtype, *how = shape.split(",")

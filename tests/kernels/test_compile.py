@@ -17,12 +17,14 @@ SHAPES = [  # key and value width of a head, format of q, k, v
     pytest.param("8,16,float32", id="laptop"),
     pytest.param("96,256,float32", id="jetblock-2b-fp32"),
     pytest.param("128,256,float16", id="jetblock-4b-fp16"),
+    pytest.param("128,80,bfloat16", id="mamba2-of-nemotron-nano-9b"),
     pytest.param("16,16,bfloat16,single", id="one-head-of-one-token"),
 ]
 SHARED_BYTES = 227 * 1024  # of a multiprocessor of sm_90 for one program
 WGMMA = {"_prepare", "_scan", "_scan_back", "_gradients", "_forward", "_values", "_hidden", "_weight"}
 LAUNCHES = {"_prepare": 2, "_invert": 1, "_scan": 4, "_scan_back": 2, "_gradients": 2}
 LAUNCHES |= {"_forward": 1, "_values": 1, "_hidden": 1, "_weight": 1, "_jetblock_step": 2}
+LAUNCHES |= {"_mamba2_conv": 1, "_mamba2_state": 1, "_mamba2_norm": 1}
 LAUNCHES |= {"_norm_forward": 1, "_norm_backward": 1, "_split": 1, "_join": 1}
 
 

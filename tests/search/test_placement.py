@@ -4,12 +4,19 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 
+from jetlab.config import PlacementStudy
+from jetlab.data.packing import Mixture
 from jetlab.evaluate.suite import Score
+from jetlab.models import surgery
+from jetlab.paths import ROOT
 from jetlab.search import placement
-from jetlab.search.placement import PlacementRun, Scored, agreement, transfer
-from jetlab.search.selectors import all_placements
+from jetlab.search import supernet as supernets
+from jetlab.search.placement import Live, PlacementRun, Scored, agreement, calibration_rows, transfer
+from jetlab.search.selectors import all_placements, select
 from jetlab.tasks import SCORED, SUB_AXES
+from jetlab.train.paths import placement_kinds
 
 N_LAYERS = 4
 TESTED = (*SCORED, *SUB_AXES)
@@ -34,7 +41,7 @@ def run(name="t0", teacher="a", order=1, choices=()):
     divergence = {(): 1.0} | {(layer,): 1 - order * 0.1 * layer for layer in range(N_LAYERS)}
     splits = {split: dict(full) for split in tables}
     return PlacementRun(
-        name, teacher, N_LAYERS, 2, 2, tables, splits, divergence, dict.fromkeys(SCORED, 5), list(choices)
+        name, teacher, N_LAYERS, 2, 2, tables, splits, divergence, {}, dict.fromkeys(SCORED, 5), list(choices)
     )
 
 
@@ -130,13 +137,97 @@ def test_two_supernets_agree_as_far_as_their_maps_rank_layers_alike():
 
 
 def test_what_was_not_evaluated_cannot_be_looked_up():
-    seen = Scored(N_LAYERS, table(), {}, {}, {})
+    seen = Scored(N_LAYERS, table(), {}, {}, {(1, 2, 3): 0.5}, {})
     with pytest.raises(ValueError, match=r"placement \(0, 1, 2\) is not among those evaluated; raise"):
         seen.scores([(0, 1, 2)], "math")
     with pytest.raises(ValueError, match=r"placement \(0, 1\) is not among those evaluated; divergence is of single"):
         seen.scores([(0, 1)], "kl")
+    assert seen.scores([(1, 2, 3)], "logit_error") == {(1, 2, 3): -0.5}
+    with pytest.raises(
+        ValueError, match=r"\(0, 1\) is not among those evaluated; selector logit_error evaluates its own"
+    ):
+        seen.scores([(1, 2, 3), (0, 1)], "logit_error")
     with pytest.raises(ValueError, match="leave out selector gates"):
         seen.gates(1, "math")
+
+
+def study_of(supernet, **changed):
+    given = {
+        "budget": 1, "max_budget": 1, "select_budget": 1, "selectors": ["logit_error"], "beam_width": 2, "gate_steps": 1,
+        "gate_learning_rate": 0.1,
+    }  # fmt: skip
+    return PlacementStudy.from_params(
+        common=supernet.common, tasks=supernet.tasks, supernet=supernet, **given | changed
+    )
+
+
+@pytest.fixture(scope="module")
+def live(base):
+    """A supernet whose linear paths are random, with three rows to read."""
+    study = study_of(base)
+    model, tokenizer = supernets.build(base, str(ROOT / "assets/teacher/0"), 0)
+    rows = calibration_rows(study, tokenizer, 0)
+    rows.append(rows[0][:9])
+    tokens = {"logit_error": sum(map(len, rows))}
+    return Live(8, {}, {}, {}, {}, tokens, model, tokenizer, study, None, 0, rows)
+
+
+@torch.no_grad()
+def error(live, full):
+    """The mean over rows of the mean squared error of their logits, one row and one architecture at a time, in fp64."""
+
+    def logits(full, row):
+        surgery.activate(live.model, placement_kinds(8, full, "gated_deltanet"))
+        return live.model.eval()(torch.tensor([row])).logits.double()
+
+    return np.mean([float((logits(range(8), row) - logits(full, row)).square().mean()) for row in live.calibration])
+
+
+def test_logit_error_gives_up_the_layer_that_changes_the_logits_of_training_rows_least(live, monkeypatch):
+    # what a task would score the choice is not asked here, so it needs no exam
+    monkeypatch.setattr(placement, "evaluate", lambda model, block, paper, placements, label: dict.fromkeys(placements))
+    monkeypatch.setattr(placement, "objective", lambda scores, task, ceilings: 0.25)
+    choice = select(live, 6, "math", selector="logit_error")
+    left = tuple(range(8))
+    for n in (7, 6):
+        errors = {full: error(live, full) for full in combinations(left, n)}
+        for full, value in errors.items():
+            assert live.logit_errors[full] == pytest.approx(value, rel=1e-4)  # fp32 sums over width and vocabulary
+        left = min(errors, key=errors.get)
+    assert choice.placement == left and choice.value == 0.25
+    assert choice.n_evaluated == len(live.logit_errors) == 8 + 7
+    assert choice.n_tokens == 15 * sum(map(len, live.calibration))
+
+    def again(*_):
+        raise AssertionError("errors that are known are not evaluated twice")
+
+    monkeypatch.setattr(placement, "logit_error", again)
+    assert select(live, 6, "all", selector="logit_error") == choice
+
+
+def test_calibration_reads_whole_steps_of_the_mixture_without_padding_and_not_what_the_supernet_trained_on(
+    base, tasks, tokenizer
+):
+    rows = {"retrieval": 2, "text": 1}
+    mixed = base.model_copy(update={"training": base.training.model_copy(update={"rows": rows})})
+    contexts = mixed.tasks.model_copy(update={"n_contexts": {**mixed.tasks.n_contexts, "search": 4}})
+    study = study_of(mixed).model_copy(update={"tasks": contexts})
+    found = calibration_rows(study, tokenizer, 7)
+    assert len(found) == 6 and found == calibration_rows(study, tokenizer, 7)  # two steps of three rows hold four
+    assert all(0 < len(row) <= 40 and tokenizer.pad_token_id not in row for row in found)
+    for seed, same in ((8, True), (7, False)):
+        mixture = Mixture(tasks, rows, tokenizer, 40, seed)
+        ids = [row.tolist() for step in range(2) for row in mixture.batch(step).ids]
+        assert all((row == whole[: len(row)]) == same for row, whole in zip(found, ids, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gates", "logit_error"])
+def test_a_selector_that_reads_training_rows_is_refused_where_the_supernet_trains_on_none(name, base):
+    on_text = base.model_copy(update={"training": base.training.model_copy(update={"rows": {}})})
+    with pytest.raises(
+        ValueError, match=f"{name} among selectors need rows of tasks in supernet.training, which are none"
+    ):
+        study_of(on_text, selectors=["beam", name])
 
 
 def test_a_choice_is_tested_on_the_other_supernet_against_its_own():

@@ -2,12 +2,15 @@
 
 from itertools import combinations
 from math import comb
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from jetlab.config import Selector
 from jetlab.evaluate.suite import Score
 from jetlab.search.selectors import (
+    SELECTORS,
     all_placements,
     objective,
     random_mean,
@@ -23,18 +26,21 @@ N_LAYERS = 8
 
 
 class Toy:
-    """A supernet whose scores are a function of the placement; 10 tokens a score, 3 where the objective is kl."""
+    """A supernet whose scores are a function of the placement; 10 tokens a score, 3 and 7 where it is kl and logit_error."""
 
     n_layers = N_LAYERS
 
-    def __init__(self, score, divergence=None, gates=None):
-        self.score, self.divergence, self.trained = score, divergence, gates
+    def __init__(self, score, divergence=None, gates=None, error=None):
+        self.score, self.divergence, self.trained, self.error = score, divergence, gates, error
 
     def scores(self, placements, objective):
-        return {full: -self.divergence[full] if objective == "kl" else self.score(full) for full in placements}
+        distances = {"kl": lambda full: self.divergence[full], "logit_error": self.error}
+        if objective in distances:
+            return {full: -distances[objective](full) for full in placements}
+        return {full: self.score(full) for full in placements}
 
     def n_tokens(self, objective):
-        return 3 if objective == "kl" else 10
+        return {"kl": 3, "logit_error": 7}.get(objective, 10)
 
     def gates(self, budget, objective):
         return self.trained, 1000
@@ -150,6 +156,42 @@ def test_divergence_ranks_layers_whatever_the_task_and_is_paid_for_in_its_own_to
     assert choice.placement == (4, 5, 6)
     assert choice.value == additive((4, 5, 6))
     assert (choice.n_evaluated, choice.n_tokens) == (8, 8 * 3)
+
+
+def standing_in(full):
+    """Each layer given up adds its own error, and 2 and 5 stand in for each other: both gone add 10 more."""
+    gone = set(range(N_LAYERS)) - set(full)
+    return sum((5, 1, 0.1, 7, 2, 0.2, 3, 1.5)[layer] for layer in gone) + 10.0 * ({2, 5} <= gone)
+
+
+def test_the_layer_whose_loss_changes_the_logits_least_goes_first():
+    error, asked = counted(standing_in)
+    supernet = Toy(additive, error=error)
+    # 2 goes, which makes 5 dear; then 1, 7, 4, 6, 0 and 3. The two largest errors of single layers are those of 3 and 0
+    assert [select(supernet, k, "math", selector="logit_error").placement for k in (7, 6, 2, 1)] == [
+        (0, 1, 3, 4, 5, 6, 7), (0, 3, 4, 5, 6, 7), (3, 5), (5,),
+    ]  # fmt: skip
+    assert min(map(len, asked)) == 1 and max(map(len, asked)) == N_LAYERS - 1
+
+
+@pytest.mark.parametrize(("budget", "n_evaluated"), [(8, 0), (7, 8), (2, 33), (1, 35)])
+def test_logit_error_looks_at_what_is_left_without_each_layer_and_pays_in_its_own_tokens(budget, n_evaluated):
+    error, asked = counted(standing_in)
+    choice = select(Toy(additive, error=error), budget, "math", selector="logit_error")
+    assert len(asked) == len(set(asked)) == choice.n_evaluated == n_evaluated
+    assert choice.n_tokens == 7 * n_evaluated
+
+
+def test_logit_error_ignores_the_objective_and_reports_its_score():
+    score, asked = counted(additive)
+    for task in ("math", "knowledge", "all"):
+        choice = select(Toy(score, error=standing_in), 2, task, selector="logit_error")
+        assert (choice.placement, choice.value) == ((3, 5), additive((3, 5)))
+    assert asked == [(3, 5)] * 3
+
+
+def test_a_study_may_ask_for_every_selector():
+    assert get_args(Selector) == SELECTORS
 
 
 def test_the_largest_gates_are_chosen_and_their_training_is_the_cost():

@@ -9,15 +9,18 @@ its difficulty, so they do not count as independent.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from jetlab.config import Tasks
+from jetlab.layers.state import n_bytes
 from jetlab.models.prefixes import branching
-from jetlab.models.surgery import HybridCache, LayerKinds, kinds_of, path_bytes
+from jetlab.models.surgery import HybridCache, LayerKinds, Slot, decoder, kinds_of, path_bytes
 from jetlab.progress import progress
 from jetlab.tasks import Example, Task, build_tasks
 
@@ -91,10 +94,26 @@ class Exam:
             examples = task.examples(split, n_contexts, seed)
             self._papers.append((task, *_tokenise(examples, tokenizer, n_questions)))
 
-    def score(self, model, *, batch_size: int = 32) -> dict[str, Score]:
-        """The score of every task. `batch_size` contexts are read at a time. The model must have slots."""
-        active = kinds_of(model)
-        return self.score_all(model, [active], batch_size=batch_size)[active]
+    @torch.no_grad()
+    def score(
+        self, model, *, batch_size: int = 32, max_rows: int | None = None, label: str = "exam"
+    ) -> dict[str, Score]:
+        """The score of every task; arguments as those of `score_all`.
+
+        The model has slots, whose active paths are scored, or is one of Transformers' own with `model` and `lm_head` whose
+        states a DynamicCache holds: a Qwen2, a NemotronH.
+        """
+        if _has_slots(model):
+            active = kinds_of(model)
+            return self.score_all(model, [active], batch_size=batch_size, max_rows=max_rows, label=label)[active]
+        max_rows = max_rows or _fitting_rows(model, self._longest)
+        scores = {}
+        n_read = len(self._papers) * self.n_contexts
+        with _evaluating(model), progress(n_read, label, unit="context") as bar:
+            for task, contexts, asked in self._papers:
+                fitting = max(1, max_rows // _rows_of_a_context(asked))
+                (scores[task.name],) = _score(model, task, contexts, asked, min(batch_size, fitting), bar)
+        return scores
 
     @torch.no_grad()
     def score_all(
@@ -114,13 +133,12 @@ class Exam:
         sorted order, so that they still share most layers; at least one of each. `label` names the line of progress.
         """
         wanted = list(dict.fromkeys(map(tuple, architectures)))
-        max_rows = max_rows or _fitting_rows(model, max(len(c) for _, contexts, _ in self._papers for c in contexts))
+        max_rows = max_rows or _fitting_rows(model, self._longest)
         n_rows = max(_rows_of_a_context(asked) for _, _, asked in self._papers)
         groups = _split(sorted(wanted), max(1, max_rows // n_rows))
         scores: dict[LayerKinds, dict[str, Score]] = {kinds: {} for kinds in wanted}
-        was_training = model.training
-        model.eval()
-        with progress(len(groups) * len(self._papers) * self.n_contexts, label, unit="context") as bar:
+        n_read = len(groups) * len(self._papers) * self.n_contexts
+        with _evaluating(model), progress(n_read, label, unit="context") as bar:
             for group in groups:
                 with branching(model, group) as order:
                     for task, contexts, asked in self._papers:
@@ -128,8 +146,19 @@ class Exam:
                         found = _score(model, task, contexts, asked, min(batch_size, fitting), bar)
                         for kinds, score in zip(order, found, strict=True):
                             scores[kinds][task.name] = score
-        model.train(was_training)
         return scores
+
+    def n_tokens(self) -> dict[str, int]:
+        """Tokens that one score reads, by task: each context once, each question with its right answer."""
+        return {
+            task.name: sum(map(len, contexts)) + sum(len(q.prompt) + len(q.continuations[0]) for q in asked)
+            for task, contexts, asked in self._papers
+        }
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest context."""
+        return max(len(context) for _, contexts, _ in self._papers for context in contexts)
 
 
 def exam(tasks: Tasks, tokenizer, split: str, seed: int, names: Iterable[str] | None = None) -> Exam:
@@ -155,12 +184,62 @@ def _tokenise(examples: Sequence[Example], tokenizer, n_questions: int) -> tuple
     return contexts, asked
 
 
+def _has_slots(model) -> bool:
+    return all(isinstance(getattr(layer, "self_attn", None), Slot) for layer in decoder(model).layers)
+
+
+@contextmanager
+def _evaluating(model) -> Iterator[None]:
+    """Within it the model is in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class _TransformersCache(DynamicCache):
+    """The states of a model without slots. Rows can be selected, and tokens are counted if no layer attends.
+
+    A DynamicCache selects rows of keys and values alone, and reads the number of tokens off a layer that keeps keys.
+    `n_seen`, the tokens of the calls so far, is for the caller to set.
+    """
+
+    def __init__(self, model):
+        super().__init__(config=model.config)
+        self.attends = not all(linear or dummy for linear, dummy in zip(self.is_linear, self.is_dummy, strict=True))
+        self.n_seen = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx) if self.attends else self.n_seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self.attends:
+            return super().get_mask_sizes(query_length, layer_idx)
+        return self.n_seen + query_length, 0
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)  # of any number, in all kinds of layers
+
+    def nbytes(self) -> int:
+        """Bytes that the states occupy now."""
+        named = ("keys", "values", "conv_states", "recurrent_states")
+        held = [vars(layer).get(name) for layer in self.layers for name in named]
+        return n_bytes([list(state.values()) if isinstance(state, dict) else state for state in held])
+
+
 def _fitting_rows(model, n_tokens: int) -> int:
     """Rows of one forward: `MAX_ROWS`, or on a GPU what half of its free memory holds of states and logits if that is less."""
     device = next(model.parameters()).device
     if device.type == "cpu":
         return MAX_ROWS["cpu"]
-    state = sum(max(of.values()) for of in path_bytes(model, n_tokens, model.dtype))
+    if _has_slots(model):
+        state = sum(max(of.values()) for of in path_bytes(model, n_tokens, model.dtype))
+    else:
+        cache, ids = _TransformersCache(model), torch.zeros(1, n_tokens, dtype=torch.long, device=device)
+        model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        state = cache.nbytes()
     logits = 4 * 4 * model.config.get_text_config().vocab_size  # of one token, in fp32, with its softmax
     return max(1, min(MAX_ROWS["cuda"], torch.cuda.mem_get_info(device)[0] // 2 // (state + logits)))
 
@@ -209,11 +288,12 @@ def _ask(
 
     The arrays [P] have a value for each architecture of the batch, one without `branching`.
     """
-    device = next(model.parameters()).device
-    cache = HybridCache()
+    device, has_slots = next(model.parameters()).device, _has_slots(model)
+    cache = HybridCache() if has_slots else _TransformersCache(model)
     prefix = torch.tensor(contexts, device=device)
     if prefix.shape[1] > 1:  # the last token goes with the question
         model.model(input_ids=prefix[:, :-1], past_key_values=cache, use_cache=True)
+        cache.n_seen = prefix.shape[1] - 1
     rows, owner = [], []
     places: dict[tuple[int, int], int] = {}  # (row, column) where a token is predicted, in order
     place, target = [], []  # of every token of every continuation
@@ -226,6 +306,8 @@ def _ask(
             place += [places.setdefault((row, start + i), len(places)) for i in range(len(continuation))]
             target += continuation
     width = max(map(len, rows))
+    if not has_slots:
+        width = max(width, 2)  # a lone token goes by Mamba2's step form, which lets dt pass below time_step_min
     ids = torch.tensor(
         [row + [0] * (width - len(row)) for row in rows], device=device
     )  # causal: what follows is not seen

@@ -11,22 +11,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from jetlab.hf import JetNemotronCache
+from jetlab.inference import mamba2
 from jetlab.layers.state import map_tensors, n_bytes, tensors
 
 ATTENTION_KINDS = ("attention", "sliding_attention")
-FAMILIES = ("qwen2", "qwen3", "llama", "gemma3_text", "mamba2", "jet_nemotron")  # model types held against `generate`
+FAMILIES = ("qwen2", "qwen3", "llama", "gemma3_text", *mamba2.MODELS, "jet_nemotron")  # types held against `generate`
 GROWING_ROPES = ("dynamic", "longrope")  # whose frequencies depend on how long a text is, or a chunk of it
 HF_KINDS = {"full_attention": "attention", "sliding_attention": "sliding_attention"}  # the words of `layer_types`
+HYBRID_KINDS = {"full_attention": "attention", "linear_attention": "mamba2", "mlp": "mlp"}  # those of Nemotron-H
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Kind of each layer of a decoder: those of `MIXERS`, or "mamba2" throughout for a Mamba2 of Transformers.
+    """Kind of each layer of a decoder: those of `MIXERS`; "mamba2" throughout for a Mamba2 of Transformers; "mamba2",
+    "attention" or "mlp", which is a layer of its own, for a Nemotron-H.
 
-    Raises ValueError for a family that the engine was not held against `generate` with, for layer types that it has no
-    cache for and for rotary frequencies that depend on the length of what is read at once.
+    Raises ValueError for a family that the engine was not held against `generate` with, for layer types or activations that
+    it does not compute and for rotary frequencies that depend on the length of what is read at once.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -42,16 +45,19 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
             )
     if hasattr(config, "layer_kinds"):
         return tuple(config.layer_kinds)
+    if config.model_type in mamba2.MODELS:
+        mamba2.Mamba2Widths.of(config)
     if config.model_type == "mamba2":
         return ("mamba2",) * config.num_hidden_layers
+    known = HYBRID_KINDS if config.model_type == "nemotron_h" else HF_KINDS
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    unknown = sorted(set(types) - set(HF_KINDS))
+    unknown = sorted(set(types) - set(known))
     if unknown:
         raise ValueError(
-            f"the engine keeps {', '.join(HF_KINDS)} and the layers of Jet-Nemotron, got {', '.join(unknown)} in "
-            f"{type(config).__name__}; use the model's own generate"
+            f"the engine runs the layers {', '.join(known)} of {type(config).__name__}, got {', '.join(unknown)}; use the "
+            "model's own generate"
         )
-    return tuple(HF_KINDS[name] for name in types)
+    return tuple(known[name] for name in types)
 
 
 class EngineLayer(CacheLayerMixin):
@@ -95,6 +101,9 @@ class KeyValueRing(EngineLayer):
     def lazy_initialization(self, *_args) -> None:
         """Nothing is left to do."""
 
+    def held(self) -> list[Tensor]:
+        return [self.keys, self.values]
+
     def update(self, keys: Tensor, values: Tensor, *_args, **_kwargs) -> tuple[Tensor, Tensor]:
         """What the new tokens attend over: while decoding all slots, before that keys and values in their order, of which
         the last are the new ones. Writes them."""
@@ -127,12 +136,17 @@ class KeyValueRing(EngineLayer):
 class StateRows(EngineLayer):
     """State of a recurrent layer, whatever its mixer returns, batch first; its `recurrent` matrices in `state_dtype`.
 
-    Tensors are allocated for all rows at the first call.
+    Tensors are allocated for all rows at the first call, or from a `state` given. A layer that is an MLP never has any.
     """
 
-    def __init__(self, cache: "EngineCache"):
+    def __init__(self, cache: "EngineCache", state=None):
         super().__init__(cache)
         self.all = None
+        if state is not None:
+            self.lazy_initialization(state)
+
+    def held(self) -> list[Tensor]:
+        return tensors(self.all)
 
     @property
     def state(self):
@@ -191,7 +205,7 @@ class EngineCache(JetNemotronCache):
         self.start = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.rows, self.n_seen, self.decoding, self.padded = slice(0, batch_size), 0, False, False
         kinds = layer_kinds(config)
-        if state_dtype is not None and (config.model_type == "mamba2" or set(kinds) <= set(ATTENTION_KINDS)):
+        if state_dtype is not None and set(kinds) <= {*ATTENTION_KINDS, "mlp"}:
             raise ValueError(
                 f"state_dtype must be None for {config.model_type}, got {state_dtype}: the engine keeps no recurrent matrix of "
                 "it; leave it out"
@@ -205,14 +219,21 @@ class EngineCache(JetNemotronCache):
                 head_dim = head_dim or config.hidden_size // config.num_attention_heads
                 ring = window if kind == "sliding_attention" else None
                 layers.append(KeyValueRing(self, config.num_key_value_heads, head_dim, ring))
-            elif config.model_type == "mamba2":
-                layers.append(LinearAttentionLayer())
+            elif kind == "mamba2" and config.model_type in mamba2.MODELS:
+                layers.append(StateRows(self, mamba2.Mamba2Widths.of(config).empty_state(dtype, device)))
             else:
                 layers.append(StateRows(self))
         Cache.__init__(self, layers=layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.n_seen
+
+    def real(self, n_tokens: int) -> Tensor | None:
+        """Which of the `n_tokens` that are read next are not padding, [rows, n_tokens]; None: all."""
+        if not self.padded:
+            return None
+        position = torch.arange(self.n_seen, self.n_seen + n_tokens, device=self.end.device)
+        return position >= self.start[self.rows][:, None]
 
     @contextmanager
     def of_rows(self, rows: slice):
@@ -250,8 +271,7 @@ class EngineCache(JetNemotronCache):
     def fill(self, n_tokens: int, generator: torch.Generator | None = None) -> None:
         """As if `n_tokens` random tokens had been read: normal keys and values, states of a tenth their size."""
         for layer in self.layers:
-            held = tensors(layer.all) if isinstance(layer, StateRows) else _tensors_of(layer)
-            for x in held:
+            for x in layer.held():
                 x.normal_(generator=generator)
                 if not isinstance(layer, KeyValueRing):
                     x.mul_(0.1)
@@ -259,11 +279,4 @@ class EngineCache(JetNemotronCache):
 
     def nbytes(self) -> int:
         """Bytes of keys, values and states."""
-        return sum(n_bytes(layer.all if isinstance(layer, StateRows) else _tensors_of(layer)) for layer in self.layers)
-
-
-def _tensors_of(layer: CacheLayerMixin) -> list[Tensor]:
-    if isinstance(layer, KeyValueRing):
-        return [layer.keys, layer.values]
-    found = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return [x for x in found if x is not None]
+        return sum(n_bytes(layer.held()) for layer in self.layers)

@@ -1,9 +1,9 @@
 """Generation at the speed of memory: a cache allocated once, prompts in chunks, a decoding step that is one CUDA graph.
 
-Works for Qwen2, Qwen3, Llama, Gemma 3 (text) and Mamba2 of Transformers and for JetNemotronForCausalLM with any of its
-mixers, all by the same code: the model's own forward runs, over the engine's cache and attention. On a CPU the same class
-runs without graphs. Tokens are those of the model's `generate`; its `generation_config` is not read, so ends and sampling
-are given here.
+Works for Qwen2, Qwen3, Llama, Gemma 3 (text), Mamba2 and Nemotron-H (without experts) of Transformers and for
+JetNemotronForCausalLM with any of its mixers, all by the same code: the model's own forward runs, over the engine's cache,
+attention and Mamba2. On a CPU the same class runs without graphs. Tokens are those of the model's `generate`; its
+`generation_config` is not read, so ends and sampling are given here.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from jetlab.inference import memory
+from jetlab.inference import mamba2, memory
 from jetlab.inference.attention import engaged
 from jetlab.inference.cache import EngineCache, layer_kinds
 
@@ -93,21 +93,17 @@ class Engine:
         self.batch_size, self.max_len = batch_size, max_len
         self.prefill_chunk = min(prefill_chunk, max_len)
         self.rows_at_once = max(1, prefill_tokens // self.prefill_chunk)
-        is_mamba = "cache_params" in inspect.signature(model.forward).parameters
-        if is_mamba:  # its cache of Transformers knows no rows, and its path of one token no padding
-            self.rows_at_once = batch_size
-            if prefill_chunk < 2:
-                raise ValueError("prefill_chunk must be at least 2 for Mamba2, got 1; make it larger")
 
         def need(batch: int) -> int:
-            rows = batch if is_mamba else min(self.rows_at_once, batch)
-            return memory.engine_bytes(model, batch, max_len, rows * self.prefill_chunk, state_dtype)
+            rows = min(self.rows_at_once, batch)
+            return memory.engine_bytes(model, batch, max_len, rows * self.prefill_chunk, state_dtype, n_rows=rows)
 
         memory.check(need, self.device, batch_size, max_len)
         self.cache = EngineCache(
             model.config, batch_size, max_len, dtype=model.dtype, device=self.device, state_dtype=state_dtype
         )
-        self.cache_name = "cache_params" if is_mamba else "past_key_values"
+        named = inspect.signature(model.forward).parameters
+        self.cache_name = "cache_params" if "cache_params" in named else "past_key_values"
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)  # the next step's input
         self.logits = torch.zeros(batch_size, model.config.vocab_size, dtype=model.dtype, device=self.device)
         self.graph = None
@@ -119,8 +115,6 @@ class Engine:
         given = {"input_ids": input_ids, self.cache_name: self.cache, "use_cache": True, "logits_to_keep": 1}
         if self.cache_name == "past_key_values":
             given |= {"position_ids": positions, "engine_cache": self.cache}
-        else:
-            del given["logits_to_keep"]
         with engaged(self.model):
             return self.model(**given, attention_mask=mask).logits[:, -1]
 
@@ -187,9 +181,8 @@ class Engine:
         cache.n_seen = 0
         for begin in range(0, T, self.prefill_chunk):
             chunk = slice(begin, begin + self.prefill_chunk)
-            mask = real[:, : chunk.stop] if cache.padded else None
-            if mask is not None and self.cache_name == "cache_params":
-                mask = real[:, chunk]
+            masked = cache.padded and self.model.config.model_type not in mamba2.MODELS  # those ask the cache
+            mask = real[:, : chunk.stop] if masked else None
             logits = self._forward(ids[:, chunk], positions[:, chunk], mask)
             cache.n_seen = min(chunk.stop, T)
         return logits

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from jetlab.inference import mamba2
 from jetlab.inference.cache import ATTENTION_KINDS, layer_kinds
 from jetlab.layers.dims import BlockDims
 
@@ -26,10 +27,9 @@ def kv_bytes(config, max_len: int, dtype: torch.dtype) -> int:
 def state_bytes(model: PreTrainedModel, state_dtype: torch.dtype | None = None) -> int:
     """States of one sequence in all recurrent layers, the columns that convolutions carry included."""
     config = model.config
-    if config.model_type == "mamba2":
-        inner = config.num_heads * config.head_dim
-        columns = (inner + 2 * config.n_groups * config.state_size) * config.conv_kernel
-        return config.num_hidden_layers * (4 * inner * config.state_size + model.dtype.itemsize * columns)
+    if config.model_type in mamba2.MODELS:
+        n_layers = layer_kinds(config).count("mamba2")
+        return n_layers * mamba2.Mamba2Widths.of(config).state_bytes(model.dtype, state_dtype)
     total = 0
     for layer, kind in zip(getattr(model.model, "layers", ()), layer_kinds(config), strict=True):
         if kind in ATTENTION_KINDS:
@@ -43,22 +43,38 @@ def state_bytes(model: PreTrainedModel, state_dtype: torch.dtype | None = None) 
 
 
 def activation_bytes(model: PreTrainedModel, n_tokens: int) -> int:
-    """About what reading `n_tokens` tokens at once takes beside the cache: (5 d_ff + 24 d_model) numbers a token."""
+    """About what reading `n_tokens` tokens at once takes beside the cache: (5 d_ff + 24 d_model) numbers a token, or what a
+    Mamba2 layer of Transformers takes if that is more."""
     config = model.config
     d_ff = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
-    return n_tokens * (5 * d_ff + 24 * config.hidden_size) * model.dtype.itemsize
+    token = (5 * d_ff + 24 * config.hidden_size) * model.dtype.itemsize
+    if config.model_type in mamba2.MODELS:
+        token = max(token, mamba2.Mamba2Widths.of(config).activation_bytes(config.hidden_size, model.dtype))
+    return n_tokens * token
 
 
 def engine_bytes(
-    model: PreTrainedModel, batch_size: int, max_len: int, n_tokens: int, state_dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    batch_size: int,
+    max_len: int,
+    n_tokens: int,
+    state_dtype: torch.dtype | None = None,
+    *,
+    n_rows: int = 1,
 ) -> int:
     """What an engine takes beside the weights: cache and states of its rows, a prompt's activations, three sets of logits.
 
-    Drawing tokens by `top_p` sorts, which takes about 20 bytes more for each row and token of the vocabulary meanwhile.
+    `n_tokens` of `n_rows` rows are read at once: a Mamba2 layer of Transformers has their states twice more meanwhile, and
+    the model's logits come in fp32 too. Drawing tokens by `top_p` sorts, which takes about 20 bytes more for each row and
+    token of the vocabulary meanwhile.
     """
     row = kv_bytes(model.config, max_len, model.dtype) + state_bytes(model, state_dtype)
     row += 3 * model.config.vocab_size * model.dtype.itemsize
-    return batch_size * row + activation_bytes(model, n_tokens)
+    fixed = activation_bytes(model, n_tokens)
+    if model.config.model_type in mamba2.MODELS:
+        row += 4 * model.config.vocab_size
+        fixed += n_rows * 2 * mamba2.Mamba2Widths.of(model.config).state_bytes(model.dtype, None)
+    return batch_size * row + fixed
 
 
 def available_bytes(device: torch.device) -> int:

@@ -37,7 +37,7 @@ def find(
     if batch is not None:
         found = [row for row in found if row["batch"] == batch]
     elif phase == "decode":
-        found = [row for row in found if _same(row["cap_gb"], cap_gb)]
+        found = [row for row in found if same_cap(row["cap_gb"], cap_gb)]
     return max(found, key=lambda row: row["batch"], default=None)
 
 
@@ -134,5 +134,6 @@ def _absent(value: float | None) -> bool:
     return value is None or math.isnan(value)
 
 
-def _same(value: float | None, wanted: float | None) -> bool:
+def same_cap(value: float | None, wanted: float | None) -> bool:
+    """Whether a line's `cap_gb` is this one; None, or nan in a table, is all the memory there was."""
     return _absent(value) if wanted is None else value == wanted

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 
 from jetlab.hf import JetNemotronCache
 from jetlab.inference import memory, roofline
@@ -28,17 +29,22 @@ COLUMNS = (
     "peak_gb cap_gb joules_per_token exact_error error own_error status"
 ).split()
 N_STEPS = 16  # decoded tokens of a row in one timing
+OVERHEAD_GB = 1.0  # of a card's memory that driver and kernels take
 ROOM = 64  # tokens beyond the context that a cache has place for
 
 
 @dataclass(frozen=True)
 class Point:
-    """One line of the record: `batch` None is the largest that fits into `cap_gb`; `state` "bfloat16" or "float32"."""
+    """One line of the record: `batch` None is the largest that fits into `cap_gb` at `up_to` tokens (None: at `context`).
+
+    `state` is "bfloat16" or "float32".
+    """
 
     model: str
     phase: str
     context: int
     batch: int | None = None
+    up_to: int | None = None
     runner: str = "engine"
     state: str = "float32"
     cap_gb: float | None = None
@@ -81,9 +87,11 @@ def build(name: str, device: str = "cuda") -> PreTrainedModel:
 
 @contextlib.contextmanager
 def capped(cap_gb: float | None) -> Iterator[None]:
-    """At most so many gigabytes for this process, driver and kernels (1 GB) counted in; None: what the card has."""
+    """At most so many gigabytes for this process, `OVERHEAD_GB` for driver and kernels counted in; None: what the card has."""
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(1.0 if cap_gb is None else min(1.0, (cap_gb - 1.0) * 1e9 / total))
+    torch.cuda.set_per_process_memory_fraction(
+        1.0 if cap_gb is None else min(1.0, (cap_gb - OVERHEAD_GB) * 1e9 / total)
+    )
     try:
         yield
     finally:
@@ -173,6 +181,7 @@ def fits(model: PreTrainedModel, point: Point) -> Callable[[int], bool]:
 
 def largest(model: PreTrainedModel, point: Point) -> int:
     """The largest batch that a decoding step runs at within `cap_gb`: the memory model's, then tried."""
+    point = replace(point, context=point.up_to or point.context)
     length, state = point.context + ROOM, torch.bfloat16 if point.state == "bfloat16" else None
     row, fixed = (memory.engine_bytes(model, batch, length, n, state) for batch, n in ((1, 0), (0, point.chunk)))
     estimate = int((memory.available_bytes(model.device) - fixed) / row)
@@ -242,7 +251,11 @@ def filled_cache(model: PreTrainedModel, batch: int, n_tokens: int):
     jet = hasattr(config, "layer_kinds")
     cache = JetNemotronCache(config) if jet else DynamicCache(config=config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type == "nemotron_h":  # two tokens make its states, whatever the text's length
+        model(torch.ones(batch, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
     for i, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin | DummyLayer):
+            continue
         if jet and config.layer_kinds[i] not in ("attention", "sliding_attention"):
             x = torch.zeros(batch, 1, config.hidden_size, dtype=model.dtype, device=model.device)
             with torch.no_grad():
@@ -250,7 +263,7 @@ def filled_cache(model: PreTrainedModel, batch: int, n_tokens: int):
             layer.update(state, n_tokens)
             continue
         length = min(n_tokens, config.sliding_window - 1) if layer.is_sliding else n_tokens
-        shape = (batch, config.num_key_value_heads, length, head_dim)
+        shape = (batch, config.num_key_value_heads, length - layer.get_seq_length(), head_dim)
         keys, values = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
         layer.update(keys, values)
         if layer.is_sliding:

@@ -17,7 +17,7 @@ from jetlab import paths
 SHAPES_FILE = "paper/model_shapes.json"
 ATTENTION_KINDS = ("attention", "sliding_attention")
 PATTERN_KINDS = {"M": "mamba2", "-": "mlp", "*": "attention"}  # letters of the Nemotron-H layer string
-BUILDABLE = ("jet_nemotron", "qwen2", "qwen3", "llama", "gemma3", "mamba2")
+BUILDABLE = ("jet_nemotron", "nemotron_h", "qwen2", "qwen3", "llama", "gemma3", "mamba2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +95,38 @@ def entry(name: str) -> Mapping:
     return _entries()[name]
 
 
+def layer_kinds(pattern: str, n_layers: int | None = None) -> tuple[str, ...]:
+    """The kind of each layer of a string like "M-M*-": mamba2, mlp or attention.
+
+    Raises ValueError for an empty string, another letter, or a length that is not `n_layers`.
+    """
+    unknown = sorted(set(pattern) - set(PATTERN_KINDS))
+    if unknown or not pattern:
+        letters = ", ".join(f"{letter} ({kind})" for letter, kind in PATTERN_KINDS.items())
+        raise ValueError(
+            f"a layer string is made of {letters}, got {pattern!r}"
+            + (f" with {' '.join(unknown)}; write each layer as one of these" if unknown else "; name a layer")
+        )
+    if n_layers is not None and len(pattern) != n_layers:
+        raise ValueError(
+            f"a layer string has one letter a layer, {n_layers} here, got {len(pattern)}: {pattern!r}; "
+            f"{'add' if len(pattern) < n_layers else 'take out'} {abs(n_layers - len(pattern))}, or change the depth"
+        )
+    return tuple(PATTERN_KINDS[letter] for letter in pattern)
+
+
+def require_groups(n_heads: int, n_groups: int) -> None:
+    """Raises ValueError unless the heads of a Mamba2 layer fill its groups evenly: a group shares keys and queries."""
+    if n_heads < 1 or n_heads % n_groups:
+        near = max(n_groups, n_heads // n_groups * n_groups)
+        raise ValueError(
+            f"Mamba heads must be a multiple of the {n_groups} groups that share keys and queries, got {n_heads}; try {near}"
+        )
+
+
 def _layer_kinds(layers: Mapping, n_layers: int) -> tuple[str, ...]:
     if "pattern" in layers:
-        return tuple(PATTERN_KINDS[letter] for letter in layers["pattern"])
+        return layer_kinds(layers["pattern"], n_layers)
     kinds = [layers.get("default", "attention")] * n_layers
     for kind in ATTENTION_KINDS:
         for layer in layers.get(kind, ()):
@@ -265,6 +294,12 @@ def hf_config(name: str, s: Shape | None = None):
         "num_hidden_layers": s.n_layers,
         "tie_word_embeddings": s.tied,
     }
+    if s.family == "nemotron_h":
+        from jetlab.models import nemotron  # which counts by the shapes of this module
+
+        return nemotron.config_of(
+            s, norm_eps=raw["rms_norm_eps"], max_position_embeddings=raw["max_position_embeddings"]
+        )
     if s.family == "mamba2":
         dims = s.linear
         return transformers.Mamba2Config(

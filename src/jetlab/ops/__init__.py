@@ -17,6 +17,7 @@ from jetlab.ops.gated_linear_attention import (
     gated_linear_attention_reference,
 )
 from jetlab.ops.jetblock_step import jetblock_step, jetblock_step_reference
+from jetlab.ops.mamba2_step import mamba2_step, mamba2_step_reference
 
 __all__ = [
     "decode_attention",
@@ -35,6 +36,8 @@ __all__ = [
     "generated_conv",
     "jetblock_step",
     "jetblock_step_reference",
+    "mamba2_step",
+    "mamba2_step_reference",
     "resolve_backend",
     "short_conv",
     "short_conv_reference",

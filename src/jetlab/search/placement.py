@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, permutations, product
-from math import comb, hypot
+from math import ceil, comb, hypot
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from jetlab.config import PlacementStudy
 from jetlab.data.packing import Mixture
-from jetlab.evaluate.divergence import text_divergence, token_rows
+from jetlab.evaluate.divergence import logit_error, text_divergence, token_rows
 from jetlab.evaluate.suite import Exam, Score, exam, paired_difference, standard_error
 from jetlab.parallel import dealt, devices, parallel_map
 from jetlab.search.gates import train_gates
@@ -46,23 +46,27 @@ N_DRAWS = 16  # random placements that stand for all where not all are evaluated
 class Scored:
     """A supernet on one split, as selectors see it: every score is looked up.
 
-    `table` maps placement to {task: Score}, `divergence` placement to KL on text in nats a token, `tokens` objective to
-    the tokens of one score. Raises ValueError for a placement that is not in the table, and for gates.
+    `table` maps placement to {task: Score}, `divergence` placement to KL on text in nats a token, `logit_errors` to the
+    mean squared error of the logits on training rows, `tokens` objective to the tokens of one score. Raises ValueError
+    for a placement that is not in the table asked, and for gates.
     """
 
     n_layers: int
     table: ScoreTable
     ceilings: dict[str, float]
     divergence: dict[Placement, float]
+    logit_errors: dict[Placement, float]
     tokens: dict[str, int]
 
     def scores(self, placements: Iterable[Placement], task: str) -> dict[Placement, float]:
-        placements, known = list(placements), self.divergence if task == "kl" else self.table
+        placements, distances = list(placements), {"kl": self.divergence, "logit_error": self.logit_errors}
+        known = distances.get(task, self.table)
         if missing := [full for full in placements if full not in known]:
-            way_out = "divergence is of single layers" if task == "kl" else "raise placement.max_budget"
+            ways_out = {"kl": "divergence is of single layers", "logit_error": "selector logit_error evaluates its own"}
+            way_out = ways_out.get(task, "raise placement.max_budget")
             raise ValueError(f"placement {missing[0]} is not among those evaluated; {way_out}")
-        if task == "kl":
-            return {full: -self.divergence[full] for full in placements}
+        if task in distances:
+            return {full: -known[full] for full in placements}
         return {full: objective(self.table[full], task, self.ceilings) for full in placements}
 
     def n_tokens(self, task: str) -> int:
@@ -74,18 +78,28 @@ class Scored:
 
 @dataclass
 class Live(Scored):
-    """The same with the supernet at hand: scores of tasks that are missing are evaluated, and gates can be trained."""
+    """The same with the supernet at hand: what is missing but for the divergence is evaluated, and gates can be trained.
+
+    Logit errors are those on `calibration`, rows of tokens.
+    """
 
     model: PreTrainedModel
     tokenizer: object
     study: PlacementStudy
     paper: object
     seed: int
+    calibration: list[list[int]]
 
     def scores(self, placements: Iterable[Placement], task: str) -> dict[Placement, float]:
-        placements = list(placements)
-        if missing := [full for full in placements if task != "kl" and full not in self.table]:
-            self.table |= evaluate(self.model, self.study.supernet.block, self.paper, missing, "placements, on the way")
+        placements, known = list(placements), self.logit_errors if task == "logit_error" else self.table
+        missing, block = [full for full in placements if full not in known], self.study.supernet.block
+        if missing and task == "logit_error":
+            kinds = {full: placement_kinds(self.n_layers, full, block) for full in missing}
+            teacher = placement_kinds(self.n_layers, tuple(range(self.n_layers)), block)
+            errors = logit_error(self.model, self.calibration, kinds.values(), teacher)
+            known |= {full: float(errors[architecture].mean()) for full, architecture in kinds.items()}
+        elif missing and task != "kl":
+            known |= evaluate(self.model, block, self.paper, missing, "placements, on the way")
         return super().scores(placements, task)
 
     def gates(self, budget: int, task: str) -> tuple[Sequence[float], int]:
@@ -111,8 +125,9 @@ class PlacementRun:
     """All that one supernet says: `name` and seed as in `supernet.members`.
 
     `tables` maps split to {placement: {task: Score}}, `full` to the teacher's own; `max_budget` is the largest budget of
-    which every placement is in the tables. `choices` has a row for each objective, budget and selector; where budgets are
-    larger, what was chosen and `N_DRAWS` random placements are in the table of split `test`.
+    which every placement is in the tables. `logit_errors` holds what selector logit_error looked at. `choices` has a row
+    for each objective, budget and selector; where budgets are larger, what was chosen and `N_DRAWS` random placements
+    are in the table of split `test`.
     """
 
     name: str
@@ -123,13 +138,14 @@ class PlacementRun:
     tables: dict[str, ScoreTable]
     full: dict[str, dict[str, Score]]
     divergence: dict[Placement, float]
+    logit_errors: dict[Placement, float]
     tokens: dict[str, int]
     choices: list[dict]
 
     def on(self, split: str) -> Scored:
         """The supernet on a split, as selectors see it."""
         ceilings = {name: score.value for name, score in self.full[split].items()}
-        return Scored(self.n_layers, self.tables[split], ceilings, self.divergence, self.tokens)
+        return Scored(self.n_layers, self.tables[split], ceilings, self.divergence, self.logit_errors, self.tokens)
 
     def found(self, task: str, budget: int) -> Placement:
         """What beam search chooses for one task, on split `search`."""
@@ -324,6 +340,19 @@ def _n_tokens(study: PlacementStudy, tokenizer, split: str) -> dict[str, int]:
     return found
 
 
+def calibration_rows(study: PlacementStudy, tokenizer, seed: int) -> list[list[int]]:
+    """Rows of tokens of the mixture that the supernet of `seed` trains on, without padding, and none that it has seen.
+
+    Whole steps, so that tasks keep their shares, until there are as many rows as a task has contexts on split `search`:
+    about what `kl` reads. Raises ValueError where the supernet does not train on tasks.
+    """
+    training = study.supernet.training
+    mixture = Mixture(build_tasks(study.tasks.sizes), training.rows, tokenizer, study.tasks.seq_len, seed + 1)
+    n_steps = ceil(study.tasks.n_contexts["search"] / sum(training.rows.values()))
+    rows = [row for step in range(n_steps) for row in mixture.batch(step).ids]
+    return [row[: int((row != tokenizer.pad_token_id).nonzero()[-1]) + 1].tolist() for row in rows]
+
+
 def _paper(study: PlacementStudy, tokenizer, split: str) -> Exam:
     names = (*SCORED, *SUB_AXES) if split == "test" else SCORED  # the others are no objective
     return exam(study.tasks, tokenizer, split, study.common.seed, names)
@@ -377,19 +406,23 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy, on: Sequen
     kinds = {p: placement_kinds(n_layers, p, block) for p in all_placements(n_layers, 1)}
     divergence = text_divergence(model, texts, kinds.values(), placement_kinds(n_layers, everything, block))
     by_placement = {p: float(divergence[architecture].mean()) for p, architecture in kinds.items()}
-    tokens = _n_tokens(study, tokenizer, "search") | {"kl": sum(map(len, texts))}
+    calibration = calibration_rows(study, tokenizer, seed) if "logit_error" in study.selectors else []
+    read = {"kl": sum(map(len, texts)), "logit_error": sum(map(len, calibration))}
+    tokens = _n_tokens(study, tokenizer, "search") | read
     ceilings = {task: score.value for task, score in full["search"].items()}
     live = Live(
         n_layers,
         dict(tables["search"]),
         ceilings,
         by_placement,
+        {},
         tokens,
         model,
         tokenizer,
         study,
         papers["search"],
         seed,
+        calibration,
     )
     choices = []
     for task, budget, selector in product(OBJECTIVES, range(1, study.select_budget + 1), study.selectors):
@@ -412,7 +445,17 @@ def _search(member: tuple[str, str, str, int], study: PlacementStudy, on: Sequen
     if missing := sorted(wanted - set(tables["test"])):
         tables["test"] |= evaluate(model, block, papers["test"], missing, "placements, chosen")
     return PlacementRun(
-        name, teacher, n_layers, study.max_budget, study.beam_width, tables, full, by_placement, tokens, choices
+        name,
+        teacher,
+        n_layers,
+        study.max_budget,
+        study.beam_width,
+        tables,
+        full,
+        by_placement,
+        live.logit_errors,
+        tokens,
+        choices,
     )
 
 

@@ -23,12 +23,17 @@ ScoreTable = dict[Placement, dict[str, Score]]
 
 
 SELECTORS = (
-    "single_layer", "beam", "greedy_add", "greedy_remove", "kl", "gates", "uniform", "random", "exhaustive"
+    "single_layer", "beam", "greedy_add", "greedy_remove", "kl", "logit_error", "gates", "uniform", "random", "exhaustive"
 )  # fmt: skip
+TASKLESS = ("kl", "logit_error")  # selectors that are objectives themselves, whatever the objective of the search
 
 
 class Supernet(Protocol):
-    """What a selector may ask. An objective is a scored task, "all" of them, or "kl", minus the divergence on plain text."""
+    """What a selector may ask.
+
+    An objective is a scored task, "all" of them, or a distance from the all-attention architecture with a minus: "kl", the
+    divergence on plain text, or "logit_error", the mean squared error of the logits on training rows.
+    """
 
     n_layers: int
 
@@ -103,8 +108,14 @@ def select(
     `beam` grows placements layer by layer and keeps the best `width` (the paper's, Sec 2.2); `greedy_add` is width 1;
     `greedy_remove` starts from all layers full and gives up the cheapest; `single_layer` takes the best layers of the
     one-layer map (Fig 5a); `kl` those of the one-layer map of divergence on text, whatever the objective: the idea of
-    KL-LS (arXiv:2512.20569), which distils one model a layer, read off the one supernet instead; `gates` the largest
-    gates; `uniform` and `random` (by `seed`) look at nothing, `exhaustive` at all.
+    KL-LS (arXiv:2512.20569), which distils one model a layer, read off the one supernet instead; `logit_error` starts
+    from all layers full and gives up the one whose loss changes the logits least, whatever the objective; `gates` takes
+    the largest gates; `uniform` and `random` (by `seed`) look at nothing, `exhaustive` at all.
+
+    `logit_error` is how Nemotron Nano 2 drops layers (arXiv:2508.14444, Sec 4), forward passes on its training data only.
+    There a layer is skipped, and what is left is made narrower; here a trained linear path takes the place of a layer's
+    attention, so that the error measures how well it does so.
+
     The score of the choice itself is not counted as cost, nor are passes of the teacher.
     Raises ValueError for an unknown selector, and for a budget or a width that does not fit.
     """
@@ -115,7 +126,7 @@ def select(
         raise ValueError(f"budget must be 1 … {n_layers} full layers, got {budget}")
     if width < 1:
         raise ValueError(f"a beam keeps at least 1 placement, got width {width}")
-    what = "kl" if selector == "kl" else objective
+    what = selector if selector in TASKLESS else objective
     seen: dict[Placement, float] = {}
     n_trained = 0
 
@@ -134,7 +145,7 @@ def select(
                 ]
                 beam = best(grown, width if selector == "beam" else 1)
             chosen = beam[0]
-        case "greedy_remove":
+        case "greedy_remove" | "logit_error":
             chosen = tuple(range(n_layers))
             while len(chosen) > budget:
                 chosen = best(combinations(chosen, len(chosen) - 1), 1)[0]

@@ -88,7 +88,7 @@ def take_over(model: Qwen2ForCausalLM, tokenizer, folder: str | Path) -> None:
     model.load_state_dict(weights)
 
 
-class _Steps(Dataset):
+class Steps(Dataset):
     """Step number to batch, with contexts that grow from a tenth to the full size over the share `growth` of the steps."""
 
     def __init__(self, mixture: Mixture, n_steps: int, growth: float):
@@ -151,7 +151,7 @@ def train_teacher(
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     optimisers = muon_and_adamw(model, muon_learning_rate, learning_rate)
-    steps = _Steps(mixture, n_steps, growth)
+    steps = Steps(mixture, n_steps, growth)
     feed = iter(DataLoader(steps, batch_size=None, num_workers=n_workers)) if n_workers else None
 
     def loss_at(step: int):

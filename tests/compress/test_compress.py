@@ -1,0 +1,123 @@
+"""The recipe as a whole, on a random model of a few layers: what is chosen, counted and compared."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jetlab.compress.budget import needed
+from jetlab.compress.search import BudgetTooSmall
+from jetlab.compress.study import compress, mean_accuracy
+from jetlab.config import Common, Tasks
+from jetlab.models import nemotron, zoo
+
+
+@pytest.fixture(scope="module")
+def folder(small, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("original")
+    small("M-*M-*-", vocab_size=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(sizes):
+    def build(**changes):
+        section = {
+            "context": 64,
+            "batch": 1,
+            "budget_share": 0.7,
+            "n_calibration": 1,
+            "aggregate": "l2",
+            "n_removed": [1, 2],
+            "d_model": [16, 20, 24],
+            "d_ff": [8, 12, 16, 20],
+            "n_mamba_heads": [4, 6],
+            "rows": {"retrieval": 1, "knowledge": 1},
+            "weights": {},
+            "learning_rate": 1e-3,
+            "warmup": 1,
+            "rank_steps": 2,
+            "final_steps": 3,
+            "n_candidates": 2,
+            "n_random": 2,
+            "n_workers": 1,
+        }
+        tasks = {"seq_len": 48, "sizes": sizes, "n_contexts": {"search": 2, "select": 2, "test": 3}, "n_questions": 2}
+        return SimpleNamespace(
+            common=Common(seed=0, n_threads=1, path="found", device="cpu"),
+            tasks=Tasks.from_params(**tasks),
+            compression=SimpleNamespace(**section | changes),
+        )
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def run(study, folder):
+    return compress(study(), folder)
+
+
+def test_depth_is_chosen_first_and_the_width_at_that_depth(run):
+    assert [trial.name for trial in run.depths] == ["depth 6", "depth 5"]
+    depth = max(run.depths, key=lambda trial: mean_accuracy(trial.scores)).target
+    assert {trial.target.layers for trial in run.widths} == {depth.layers} and len(run.widths) == 2
+    gone = {removal.layer for removal in run.removed[: 7 - len(depth.layers)]}
+    assert gone.isdisjoint(depth.layers)
+    assert run.winner.target in [trial.target for trial in run.widths]
+
+
+def test_the_winner_fits_and_random_pruning_takes_as_many_bytes(run):
+    assert run.budget.n_bytes == int(0.7 * run.whole.total)
+    assert run.winner.needed.total <= run.budget.n_bytes
+    for rival in run.random:
+        assert (rival.needed, rival.n_params) == (run.winner.needed, run.winner.n_params)
+        assert [r["step"] for r in rival.history] == [r["step"] for r in run.winner.history] == [3]
+    assert len({rival.target.layers for rival in run.random} | {run.winner.target.layers}) > 1
+
+
+def test_the_winner_is_handed_over_and_saved_as_counted(run, tmp_path):
+    run.save(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sum(p.numel() for p in again.parameters()) == run.winner.n_params
+    assert needed(nemotron.shape_of(again.config), run.budget) == run.winner.needed
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, run.model(ids).logits)
+
+
+def test_the_tables_have_a_row_for_each_thing(run):
+    assert [row["kind"] for row in run.layer_rows()] == list(zoo.layer_kinds("M-*M-*-"))
+    assert sorted(row["removed_as"] for row in run.layer_rows() if row["removed_as"]) == [1, 2]
+    assert [row["step"] for row in run.trial_rows()] == ["depth"] * 2 + ["width"] * 2 + ["winner"] + ["random"] * 2
+    models = ["original", "pruned", "short", "final", "random 0", "random 1"]
+    assert [(row["model"], row["task"]) for row in run.score_rows()] == [
+        (model, task) for model in models for task in ("retrieval", "knowledge")
+    ]
+    assert {row["model"] for row in run.loss_rows()} == {row["name"] for row in run.trial_rows()}
+
+
+def test_differences_are_paired_by_context_and_averaged_over_seeds(run):
+    rows = [row for row in run.difference_rows() if row["task"] == "knowledge"]
+    assert [row["rival"] for row in rows] == ["random 0", "random 1", "mean"]
+    assert rows[2]["value"] == pytest.approx((rows[0]["value"] + rows[1]["value"]) / 2)
+    assert rows[2]["se_seeds"] == pytest.approx(abs(rows[0]["value"] - rows[1]["value"]) / 2)  # of two
+    assert all(row["n"] == 3 for row in rows)
+
+
+@pytest.mark.slow  # two processes to start
+def test_processes_change_nothing(study, folder, run):
+    other = compress(study(n_workers=2), folder)
+    assert other.trial_rows() == run.trial_rows() and other.loss_rows() == run.loss_rows()
+    assert other.score_rows() == run.score_rows()
+
+
+def test_a_depth_without_a_width_that_fits_is_found_before_training(study, folder):
+    with pytest.raises(BudgetTooSmall, match="6 layers, d_model 24, d_ff 20, 6 Mamba heads"):
+        compress(study(d_model=[24], d_ff=[20], n_mamba_heads=[6]), folder)
+
+
+def test_some_task_must_be_scored(study, folder):
+    with pytest.raises(ValueError, match="chosen by knowledge, math, retrieval, code, got rows of facts"):
+        compress(study(rows={"facts": 1}), folder)
