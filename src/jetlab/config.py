@@ -563,14 +563,13 @@ class Compression(StudyModel):
     batch: Count  # sequences at which the memory is counted
     n_calibration: Count  # batches of `rows` on which importance is measured
     aggregate: Literal["mean", "l2"]  # of activations over tokens
-    n_removed: Annotated[
-        list[Annotated[int, Field(ge=0)]], Field(min_length=1)
-    ]  # layers to remove: depths that are tried
+    depths: list[Annotated[int, Field(ge=0)]]  # layers to remove at full width, whether that fits the budget or not
+    n_removed: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]  # layers that candidates may remove
     d_model: Annotated[list[Count], Field(min_length=1)]  # widths that are tried, the model's own among them or not
     d_ff: Annotated[list[Count], Field(min_length=1)]
     n_mamba_heads: Annotated[list[Count], Field(min_length=1)]  # multiples of the groups
-    n_candidates: Count  # widths that are distilled at the chosen depth
-    rank_steps: Count  # of distillation, to rank depths and widths
+    n_candidates: Count  # of those that fit, how many are distilled: the closest in logits
+    rank_steps: Count  # of distillation, to rank candidates
     final_steps: Count  # of distillation, for the winner and each random pruning
     n_random: Count  # random prunings of the winner's bytes
     n_workers: Count  # processes for the last distillations

@@ -39,6 +39,7 @@ LAYER_COLOURS = {
     "mamba2": "#44aa99",
     "retnet": "#b8a03a",
     "rwkv7": "#aa4499",
+    "mlp": "#dddddd",
 }
 PLACEMENT_COLOURS = {
     "found": "#d55e00",
@@ -497,7 +498,8 @@ def strip(
     fig.legend(handles=patches, loc="outside upper right", ncols=min(5, len(seen)))
     ax.set_xlim(0, depth)
     ax.set_ylim(len(models), 0)
-    ax.set_xticks(np.arange(depth) + 0.5, [str(i) for i in range(depth)], fontsize=11 if depth <= 24 else 8)
+    shown = range(0, depth, 1 if depth <= 40 else 5)
+    ax.set_xticks([i + 0.5 for i in shown], list(map(str, shown)), fontsize=11 if depth <= 24 else 8)
     ax.set_yticks(np.arange(len(models)) + 0.5, [str(name) for name in models])
     ax.tick_params(length=0)
     ax.grid(False)

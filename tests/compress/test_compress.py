@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from jetlab.compress.budget import needed
-from jetlab.compress.search import BudgetTooSmall
+from jetlab.compress.budget import Budget, needed
+from jetlab.compress.search import BudgetTooSmall, Space, candidates
 from jetlab.compress.study import compress, mean_accuracy
 from jetlab.config import Common, Tasks
 from jetlab.models import nemotron, zoo
@@ -25,11 +25,9 @@ def folder(small, tokenizer, tmp_path_factory):
 def study(sizes):
     def build(**changes):
         section = {
-            "context": 64,
-            "batch": 1,
-            "budget_share": 0.7,
             "n_calibration": 1,
             "aggregate": "l2",
+            "depths": [2],
             "n_removed": [1, 2],
             "d_model": [16, 20, 24],
             "d_ff": [8, 12, 16, 20],
@@ -55,21 +53,37 @@ def study(sizes):
 
 
 @pytest.fixture(scope="module")
-def run(study, folder):
-    return compress(study(), folder)
+def budget(folder):
+    """Seven tenths of what the whole model takes."""
+    whole = needed(nemotron.shape_of(AutoConfig.from_pretrained(folder)), Budget(n_bytes=1, context=64))
+    return Budget(n_bytes=int(0.7 * whole.total), context=64)
 
 
-def test_depth_is_chosen_first_and_the_width_at_that_depth(run):
-    assert [trial.name for trial in run.depths] == ["depth 6", "depth 5"]
-    depth = max(run.depths, key=lambda trial: mean_accuracy(trial.scores)).target
-    assert {trial.target.layers for trial in run.widths} == {depth.layers} and len(run.widths) == 2
-    gone = {removal.layer for removal in run.removed[: 7 - len(depth.layers)]}
-    assert gone.isdisjoint(depth.layers)
-    assert run.winner.target in [trial.target for trial in run.widths]
+@pytest.fixture(scope="module")
+def run(study, folder, budget):
+    return compress(study(), folder, budget)
+
+
+def test_candidates_are_the_closest_of_those_that_fit(run, budget):
+    order = [removal.layer for removal in run.removed]
+    fitting = candidates(run.shape, order, Space((1, 2), (16, 20, 24), (8, 12, 16, 20), (4, 6)), budget)
+    ranked = [trial.target for trial in run.candidates]
+    assert len(ranked) == 2 < len(fitting)
+    assert set(ranked) <= {candidate.target for candidate in fitting}
+    errors = [trial.logit_error for trial in run.candidates]
+    assert errors == sorted(errors)
+    best = max(run.candidates, key=lambda trial: mean_accuracy(trial.scores))
+    assert run.winner.target == best.target
+
+
+def test_a_depth_is_tried_at_full_width(run):
+    (depth,) = run.depths
+    assert depth.name == "depth 5"
+    assert (depth.target.d_model, depth.target.d_ff, depth.target.n_mamba_heads) == (24, 20, 6)
+    assert {removal.layer for removal in run.removed[:2]}.isdisjoint(depth.target.layers)
 
 
 def test_the_winner_fits_and_random_pruning_takes_as_many_bytes(run):
-    assert run.budget.n_bytes == int(0.7 * run.whole.total)
     assert run.winner.needed.total <= run.budget.n_bytes
     for rival in run.random:
         assert (rival.needed, rival.n_params) == (run.winner.needed, run.winner.n_params)
@@ -90,8 +104,8 @@ def test_the_winner_is_handed_over_and_saved_as_counted(run, tmp_path):
 def test_the_tables_have_a_row_for_each_thing(run):
     assert [row["kind"] for row in run.layer_rows()] == list(zoo.layer_kinds("M-*M-*-"))
     assert sorted(row["removed_as"] for row in run.layer_rows() if row["removed_as"]) == [1, 2]
-    assert [row["step"] for row in run.trial_rows()] == ["depth"] * 2 + ["width"] * 2 + ["winner"] + ["random"] * 2
-    models = ["original", "pruned", "short", "final", "random 0", "random 1"]
+    assert [row["step"] for row in run.trial_rows()] == ["depth"] + ["candidate"] * 2 + ["winner"] + ["random"] * 2
+    models = ["original", "pruned", "final", "random 0", "random 1"]
     assert [(row["model"], row["task"]) for row in run.score_rows()] == [
         (model, task) for model in models for task in ("retrieval", "knowledge")
     ]
@@ -107,17 +121,17 @@ def test_differences_are_paired_by_context_and_averaged_over_seeds(run):
 
 
 @pytest.mark.slow  # two processes to start
-def test_processes_change_nothing(study, folder, run):
-    other = compress(study(n_workers=2), folder)
+def test_processes_change_nothing(study, folder, budget, run):
+    other = compress(study(n_workers=2), folder, budget)
     assert other.trial_rows() == run.trial_rows() and other.loss_rows() == run.loss_rows()
     assert other.score_rows() == run.score_rows()
 
 
-def test_a_depth_without_a_width_that_fits_is_found_before_training(study, folder):
+def test_that_nothing_fits_is_found_before_training(study, folder, budget):
     with pytest.raises(BudgetTooSmall, match="6 layers, d_model 24, d_ff 20, 6 Mamba heads"):
-        compress(study(d_model=[24], d_ff=[20], n_mamba_heads=[6]), folder)
+        compress(study(n_removed=[1], d_model=[24], d_ff=[20], n_mamba_heads=[6]), folder, budget)
 
 
-def test_some_task_must_be_scored(study, folder):
+def test_some_task_must_be_scored(study, folder, budget):
     with pytest.raises(ValueError, match="chosen by knowledge, math, retrieval, code, got rows of facts"):
-        compress(study(rows={"facts": 1}), folder)
+        compress(study(rows={"facts": 1}), folder, budget)

@@ -15,7 +15,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from jetlab_kernels import decode_attention, dynamic_conv, gated_delta_rule, gated_rms_norm, jetblock_step, mamba2_step
+from jetlab_kernels import (
+    decode_attention,
+    dynamic_conv,
+    gated_delta_rule,
+    gated_rms_norm,
+    jetblock_step,
+    mamba2_step,
+    rotary,
+    swiglu,
+)
+
+MODULES = (decode_attention, gated_delta_rule, dynamic_conv, gated_rms_norm, jetblock_step, mamba2_step, rotary, swiglu)
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages")
@@ -89,10 +100,13 @@ def launch_all(K: int, V: int, dtype: torch.dtype, *, packed: bool = False, sing
     mamba2_step.mamba2_step(*token, **states)
     keys, end = draw(B, H, 8 * T, K), torch.tensor(T)
     decode_attention.decode_attention(draw(B, 6 * H, K), keys, keys, end=end, start=end.expand(B).contiguous())
+    for weight in (draw(K), None):  # a head's norm, or none
+        rotary.rotary(q.transpose(1, 2), k.transpose(1, 2), draw(B, T, K), draw(B, T, K), weight, weight, 1e-6)
+    swiglu.swiglu(draw(B, T, H * V), draw(B, T, H * V))
 
 
 if __name__ == "__main__":
-    for module in (decode_attention, gated_delta_rule, dynamic_conv, gated_rms_norm, jetblock_step, mamba2_step):
+    for module in MODULES:
         module.check_device = lambda *tensors: None
     for shape in sys.argv[1:]:
         K, V, dtype, *how = shape.split(",")

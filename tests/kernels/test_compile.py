@@ -25,7 +25,7 @@ WGMMA = {"_prepare", "_scan", "_scan_back", "_gradients", "_forward", "_values",
 LAUNCHES = {"_prepare": 2, "_invert": 1, "_scan": 4, "_scan_back": 2, "_gradients": 2}
 LAUNCHES |= {"_forward": 1, "_values": 1, "_hidden": 1, "_weight": 1, "_jetblock_step": 2}
 LAUNCHES |= {"_mamba2_conv": 1, "_mamba2_state": 1, "_mamba2_norm": 1}
-LAUNCHES |= {"_norm_forward": 1, "_norm_backward": 1, "_split": 1, "_join": 1}
+LAUNCHES |= {"_norm_forward": 1, "_norm_backward": 1, "_split": 1, "_join": 1, "_rotary": 2, "_swiglu": 1}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -197,7 +197,11 @@ def test_the_table_and_the_choices_agree_with_looking_at_each_placement(tokenize
     estimates = {key: (value, se, n) for key, value, se, n in run.estimates()}
     assert estimates["code_pretrained"][0] == run.tables["test"][2, 4]["code"].value
     assert estimates["code_found_minus_uniform"][2] == 3
-    assert len(run.placements()) == 2 * (10 + 1) * len(SCORED)
+    placements = run.placements()
+    assert len(placements) == 2 * (10 + 1) * len(SCORED)
+    assert {row["layers"]: row["kept"] for row in placements if row["kept"] != 1} == {
+        "": 0, "2 4": 2, "0 1": 0, "0 3": 0, "1 3": 0,
+    }  # fmt: skip
 
 
 def test_evaluation_leaves_the_model_at_its_own_placement(model, tokenizer, study):

@@ -1,8 +1,9 @@
-"""The whole recipe on one folder: order of removal, depth, width, a longer distillation, and random pruning beside it.
+"""The whole recipe on one folder: order of removal, candidates that fit, a longer distillation, and random pruning beside it.
 
-As in arXiv:2508.14444, Sec 4, with three differences. Candidates of a width are cut from the original and not from the
-depth that was distilled before; all distillation is short; and the winner's rival, layers, neurons, channels and heads
-drawn at random at the same bytes, trained for as many steps on the same rows, is added here.
+As in arXiv:2508.14444, Sec 4, with four differences. Depth and width compete at once, where the report chose its depth first
+and its width at that depth; candidates of a width are cut from the original and not from a depth distilled before; all
+distillation is short; and the winner's rival, layers, neurons, channels and heads drawn at random at the same bytes, trained
+for as many steps on the same rows, is added here.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from jetlab.compress.calibration import Calibration, calibration
 from jetlab.compress.distill import Lessons, distill
 from jetlab.compress.importance import Importance, Removal, logit_error, measure, remove_layers, single_removals
 from jetlab.compress.prune import apply
-from jetlab.compress.search import Candidate, Space, candidates, random_importance, random_target, target_at
+from jetlab.compress.search import Space, candidates, random_importance, random_target, target_at
 from jetlab.compress.target import Target
 from jetlab.data.packing import Mixture
 from jetlab.evaluate.suite import Score, exam, paired_difference, standard_error
@@ -69,9 +70,9 @@ class Trial:
 class CompressionRun:
     """The winner and the way to it.
 
-    `single` is the one-layer map, `removed` the layers in the order of their removal. `depths` and `widths` were distilled
-    for `rank_steps` and scored on split `select`, `winner` and each of `random` for `final_steps` and scored on `test`, as are
-    the `stages` original, pruned (not distilled), short (`rank_steps`) and final of the winner.
+    `single` is the one-layer map, `removed` the layers in the order of their removal. `depths`, at full width whether they fit
+    or not, and `candidates` were distilled for `rank_steps` and scored on split `select`, `winner` and each of `random` for
+    `final_steps` and scored on `test`, as are the `stages` original, pruned (not distilled) and final of the winner.
     """
 
     model: NemotronHForCausalLM
@@ -82,7 +83,7 @@ class CompressionRun:
     single: list[Removal]
     removed: list[Removal]
     depths: list[Trial]
-    widths: list[Trial]
+    candidates: list[Trial]
     winner: Trial
     random: list[Trial]
     stages: dict[str, dict[str, Score]]
@@ -113,8 +114,8 @@ class CompressionRun:
         ]
 
     def trial_rows(self) -> list[dict]:
-        """A row a trial; `step` is depth, width, winner or random. Accuracy is on `select` for the first two, else `test`."""
-        steps = {"depth": self.depths, "width": self.widths, "winner": [self.winner], "random": self.random}
+        """A row a trial; `step` is depth, candidate, winner or random. Accuracies of the first two are on `select`."""
+        steps = {"depth": self.depths, "candidate": self.candidates, "winner": [self.winner], "random": self.random}
         return [{"step": step, **trial.row()} for step, trials in steps.items() for trial in trials]
 
     def score_rows(self) -> list[dict]:
@@ -149,12 +150,12 @@ class CompressionRun:
 
     def loss_rows(self) -> list[dict]:
         """A row a record of each distillation: model, step, loss [nats]."""
-        trials = [*self.depths, *self.widths, self.winner, *self.random]
+        trials = [*self.depths, *self.candidates, self.winner, *self.random]
         return [{"model": trial.name, **record} for trial in trials for record in trial.history]
 
 
 def mean_accuracy(scores: dict[str, Score]) -> float:
-    """The mean over the scored tasks, by which depths and widths are chosen."""
+    """The mean over the scored tasks, by which the winner is chosen."""
     return float(np.mean([scores[task].value for task in SCORED if task in scores]))
 
 
@@ -163,39 +164,37 @@ def _mean_se(scores: dict[str, Score]) -> float:
     return math.sqrt(sum(se**2 for se in errors)) / len(errors)
 
 
-def compress(study, folder: str | Path) -> CompressionRun:
-    """Prune and distil the NemotronH in `folder` by the section `study.compression`, with `study.common` and `study.tasks`.
+def compress(study, folder: str | Path, budget: Budget) -> CompressionRun:
+    """Prune and distil the NemotronH in `folder` to a budget, by `study.compression`, `study.common` and `study.tasks`.
 
-    The budget is `budget_share` of what the whole model takes at `context` and `batch` (Nano 2: 19.66 of the 12B's 26.08 GiB
-    at 128K). Ranking runs in this process, where all candidates share the original's logits; the winner, random pruning and
-    the scores on `test` in `n_workers` of their own. Raises BudgetTooSmall, before anything is trained, if a depth to be
-    tried has no width that fits; ValueError for tasks among which none is scored. Of equal accuracies the deeper model, and
-    the candidate that was closer before distillation, is taken.
+    Candidates of all depths in `n_removed` and of all widths compete: of those that fit, the `n_candidates` whose logits are
+    closest as they are cut are distilled for `rank_steps`, and the most accurate on split `select` is the winner. Ranking runs
+    in this process, where all share the original's logits; the winner, random pruning and the scores on `test` in `n_workers`
+    of their own. Raises BudgetTooSmall, before anything is trained, if nothing fits; ValueError for tasks among which none
+    is scored. Of equal accuracies the candidate that was closer before distillation is taken.
     """
     section = study.compression
     if not set(section.rows) & set(SCORED):
         raise ValueError(
-            f"depths and widths are chosen by {', '.join(SCORED)}, got rows of {', '.join(section.rows)}; add one"
+            f"candidates are chosen by {', '.join(SCORED)}, got rows of {', '.join(section.rows)}; add one of them"
         )
     original, tokenizer = surgery.load(folder, device=study.common.device)
     shape = nemotron.shape_of(original.config, Path(folder).name)
-    budget = _budget(section, shape)
     mixture = _mixture(study, tokenizer)
     data = calibration(mixture, section.n_calibration)
     single = single_removals(original, data)
-    removed = remove_layers(original, data, max(section.n_removed), first=single)
+    removed = remove_layers(original, data, max(*section.n_removed, *section.depths, 0), first=single)
     order = [removal.layer for removal in removed]
-    fitting = {n: candidates(shape, order, _space(section, n), budget) for n in sorted(section.n_removed)}
+    space = Space(
+        *(tuple(values) for values in (section.n_removed, section.d_model, section.d_ff, section.n_mamba_heads))
+    )
+    fitting = [candidate.target for candidate in candidates(shape, order, space, budget)]
 
     ranking = _Ranking(study, original, tokenizer, mixture, data, budget)
-    depth_targets = {f"depth {shape.n_layers - n}": target_at(shape, order, n) for n in fitting}
-    depths = ranking.rank(depth_targets, importance=None)
-    n_removed = shape.n_layers - len(max(depths, key=_by_accuracy).target.layers)
-    kept = target_at(shape, order, n_removed).layers
-    importance = measure(original, data, how=section.aggregate, layers=kept)
-    closest = ranking.closest(fitting[n_removed], importance)
-    widths = ranking.rank({f"width {i}": target for i, target in enumerate(closest, 1)}, importance)
-    winner, rivals, stages, model = _finals(study, folder, ranking, max(widths, key=_by_accuracy), importance)
+    depths = ranking.rank({f"depth {shape.n_layers - n}": target_at(shape, order, n) for n in section.depths})
+    closest = sorted(fitting, key=ranking.error)[: section.n_candidates]
+    ranked = ranking.rank({f"candidate {i}": target for i, target in enumerate(closest, 1)})
+    winner, rivals, stages, model = _finals(study, folder, ranking, max(ranked, key=_by_accuracy))
     return CompressionRun(
         model=model,
         tokenizer=tokenizer,
@@ -205,7 +204,7 @@ def compress(study, folder: str | Path) -> CompressionRun:
         single=single,
         removed=removed,
         depths=depths,
-        widths=widths,
+        candidates=ranked,
         winner=winner,
         random=rivals,
         stages=stages,
@@ -213,14 +212,14 @@ def compress(study, folder: str | Path) -> CompressionRun:
 
 
 def _finals(
-    study, folder: str | Path, ranking: "_Ranking", best: Trial, importance: Importance
+    study, folder: str | Path, ranking: "_Ranking", best: Trial
 ) -> tuple[Trial, list[Trial], dict[str, dict[str, Score]], NemotronHForCausalLM]:
     """The best trial cut anew and random pruning of its bytes, each distilled for `final_steps`; scores on `test`.
 
     -> (winner, random, stages, the winner's model). Models go to and from the processes as folders.
     """
     section, seed, original = study.compression, study.common.seed, ranking.original
-    cut = {"winner": (best.target, importance)}
+    cut = {"winner": (best.target, ranking.importance(best.target))}
     for i in range(section.n_random):
         drawn = derive(seed, "random pruning", i)
         target = random_target(ranking.shape, best.target, drawn)
@@ -232,26 +231,15 @@ def _finals(
             errors[name] = logit_error(original, pruned, ranking.data)
             jobs.append(_Job(name, f"{scratch}/{name}", section.final_steps))
             pruned.save_pretrained(jobs[-1].folder)
-        ranking.models[best.name].save_pretrained(f"{scratch}/short")
         jobs += [_Job("original", str(folder), 0), _Job("pruned", f"{scratch}/winner", 0)]
-        jobs += [_Job("short", f"{scratch}/short", 0)]
         hands = dealt(jobs, section.n_workers)
         finish = partial(_finish, study=study, folder=str(folder))
         found = parallel_map(finish, hands, n_workers=section.n_workers, n_threads=study.common.n_threads)
         done = dict(chain.from_iterable(found))  # name -> (history, scores)
         model = NemotronHForCausalLM.from_pretrained(f"{scratch}/winner{DISTILLED}", dtype=torch.float32)
     trials = [ranking.trial(name, target, errors[name], *done[name]) for name, (target, _) in cut.items()]
-    stages = {name: done[name][1] for name in ("original", "pruned", "short")} | {"final": done["winner"][1]}
+    stages = {name: done[name][1] for name in ("original", "pruned")} | {"final": done["winner"][1]}
     return trials[0], trials[1:], stages, model.to(study.common.device).eval()
-
-
-def _budget(section, shape: Shape) -> Budget:
-    anything = Budget(n_bytes=1, context=section.context, batch=section.batch)
-    return dataclasses.replace(anything, n_bytes=int(section.budget_share * needed(shape, anything).total))
-
-
-def _space(section, n_removed: int) -> Space:
-    return Space((n_removed,), tuple(section.d_model), tuple(section.d_ff), tuple(section.n_mamba_heads))
 
 
 def _mixture(study, tokenizer) -> Mixture:
@@ -264,7 +252,7 @@ def _by_accuracy(trial: Trial) -> float:
 
 
 class _Ranking:
-    """Trials of `rank_steps` each, whose students share the original's logits. `models` keeps what they became."""
+    """Trials of `rank_steps` each, whose students share the original's logits."""
 
     def __init__(
         self, study, original: NemotronHForCausalLM, tokenizer, mixture: Mixture, data: Calibration, budget: Budget
@@ -273,35 +261,37 @@ class _Ranking:
         self.shape = nemotron.shape_of(original.config)
         self.lessons = Lessons(original, mixture)
         self.exam = exam(study.tasks, tokenizer, "select", study.common.seed, list(self.section.rows))
-        self.models: dict[str, NemotronHForCausalLM] = {}
+        self._importance: dict[tuple[int, ...], Importance] = {}
         self._errors: dict[Target, float] = {}
+
+    def importance(self, target: Target) -> Importance:
+        """Of neurons, channels and heads once the target's layers alone are left."""
+        if target.layers not in self._importance:
+            how = self.section.aggregate
+            self._importance[target.layers] = measure(self.original, self.data, how=how, layers=target.layers)
+        return self._importance[target.layers]
+
+    def cut(self, target: Target) -> NemotronHForCausalLM:
+        return apply(self.original, target, self.importance(target))
+
+    def error(self, target: Target) -> float:
+        """Of the logits, as the target is cut."""
+        if target not in self._errors:
+            self._errors[target] = logit_error(self.original, self.cut(target), self.data)
+        return self._errors[target]
 
     def trial(self, name: str, target: Target, error: float, history: list[dict], scores: dict[str, Score]) -> Trial:
         pruned = target.of(self.shape)
         of_budget, traffic = needed(pruned, self.budget), bytes_per_token(pruned, self.budget)
         return Trial(name, target, n_params(pruned), of_budget, traffic, error, history, scores)
 
-    def _error(self, target: Target, pruned: NemotronHForCausalLM) -> float:
-        if target not in self._errors:
-            self._errors[target] = logit_error(self.original, pruned, self.data)
-        return self._errors[target]
-
-    def closest(self, found: Sequence[Candidate], importance: Importance) -> list[Target]:
-        """The `n_candidates` whose logits are closest to the original's as they are cut."""
-        errors = [
-            self._error(candidate.target, apply(self.original, candidate.target, importance)) for candidate in found
-        ]
-        order = sorted(range(len(found)), key=lambda i: (errors[i], i))
-        return [found[i].target for i in order[: self.section.n_candidates]]
-
-    def rank(self, targets: dict[str, Target], importance: Importance | None) -> list[Trial]:
+    def rank(self, targets: dict[str, Target]) -> list[Trial]:
         trials = []
         for name, target in targets.items():
-            student = apply(self.original, target, importance)
-            error = self._error(target, student)
+            student = self.cut(target)
             (history,) = _teach(self.section, self.lessons, student, self.section.rank_steps, name)
-            trials.append(self.trial(name, target, error, history, self.exam.score(student, label=name)))
-            self.models[name] = student
+            scores = self.exam.score(student, label=name)
+            trials.append(self.trial(name, target, self.error(target), history, scores))
         return trials
 
 

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from jetlab.inference import mamba2
 from jetlab.inference.cache import EngineCache
+from jetlab.inference.fused import fused
 from jetlab.ops import decode_attention
 
 NAME = "jetlab_engine"
@@ -118,11 +118,11 @@ AttentionMaskInterface.register(NAME, lambda *_, **__: None)
 
 @contextmanager
 def engaged(model: PreTrainedModel):
-    """The model's attention, and the Mamba2 of Transformers, is the engine's inside, and its own again behind."""
+    """The model's attention, and what `fused` replaces, is the engine's inside, and its own again behind."""
     before = model.config._attn_implementation
     model.config._attn_implementation = NAME
     try:
-        with mamba2.mixing(model):
+        with fused(model):
             yield
     finally:
         model.config._attn_implementation = before

@@ -5,15 +5,12 @@ bounds on the time step in a chunk of one token, and in some releases needs mega
 and formulas are kept: a token goes through `ops.mamba2_step`, a prompt's chunk through `ops.gated_linear_attention`.
 """
 
-from collections.abc import Callable
-from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from jetlab.layers.state import RecurrentState
 from jetlab.ops import gated_linear_attention, mamba2_step, short_conv
@@ -81,7 +78,7 @@ class Mamba2Widths(NamedTuple):
         return dtype.itemsize * numbers + torch.float32.itemsize * self.value_dim
 
 
-def _mix(mixer: nn.Module, x: Tensor, cache_params: "EngineCache", **_) -> Tensor:
+def mix(mixer: nn.Module, x: Tensor, cache_params: "EngineCache", **_) -> Tensor:
     """What takes the place of a mixer's forward: y [B,T,D] of the tokens x [B,T,D] of the cache's rows."""
     cache, layer = cache_params, cache_params.layers[mixer.layer_idx]
     if cache.decoding:
@@ -140,29 +137,3 @@ def _read(mixer: nn.Module, x: Tensor, state: RecurrentState, real: Tensor | Non
     )
     o = (o + mixer.D.to(core)[:, None] * v).flatten(-2)
     return mixer.out_proj(mixer.norm(o, z).to(x.dtype)), RecurrentState(recurrent.mT, (conv,))
-
-
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """A block's RMSNorm in one launch. With Transformers' many a step of Nemotron Nano 9B at batch 8 takes 9.3 ms on an H100
-    instead of 8.4."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-
-
-@contextmanager
-def mixing(model: PreTrainedModel):
-    """Inside, the Mamba2 layers of a model of `MODELS`, and its norms, compute as above; behind, as they did."""
-    instead: list[tuple[nn.Module, Callable]] = []
-    if model.config.model_type in MODELS:
-        decoder = model.base_model
-        instead += [(norm, _norm) for norm in (*(layer.norm for layer in decoder.layers), decoder.norm_f)]
-        instead += [(layer.mixer, _mix) for layer in decoder.layers if hasattr(layer.mixer, "A_log")]
-    before = [vars(module).get("forward") for module, _ in instead]  # accelerate puts its own there
-    try:
-        for module, forward in instead:
-            module.forward = partial(forward, module)
-        yield
-    finally:
-        for (module, _), forward in zip(instead, before, strict=True):
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward

@@ -18,6 +18,8 @@ from jetlab.ops.gated_linear_attention import (
 )
 from jetlab.ops.jetblock_step import jetblock_step, jetblock_step_reference
 from jetlab.ops.mamba2_step import mamba2_step, mamba2_step_reference
+from jetlab.ops.rotary import rotary, rotary_reference
+from jetlab.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
     "decode_attention",
@@ -39,6 +41,10 @@ __all__ = [
     "mamba2_step",
     "mamba2_step_reference",
     "resolve_backend",
+    "rotary",
+    "rotary_reference",
     "short_conv",
     "short_conv_reference",
+    "swiglu",
+    "swiglu_reference",
 ]

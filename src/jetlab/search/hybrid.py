@@ -6,8 +6,9 @@ gets a new block of the other kind beside its own. All that came with the model 
 blocks train over random placements; then every placement of as many attention layers as the model has is scored.
 Layers are counted among the mixers alone, from 0: MLPs have no number.
 
-The placements do not start as equals: the model's own is the pretrained model, and one that shares a layer with it has
-fewer new blocks. A gain over it is in spite of this, a loss may be due to it; the fair comparison is among the others.
+The placements do not start as equals: the model's own is the pretrained model, and one that shares attention layers with
+it has fewer new blocks. A gain over it is in spite of this, a loss may be due to it; the fair comparison is among
+placements that keep as many of its attention layers.
 """
 
 import hashlib
@@ -254,12 +255,23 @@ class HybridPlacementRun:
         return select(self.on("search"), self.budget, task, width=self.beam_width).placement
 
     def placements(self) -> list[dict]:
-        """Score and standard error of every placement of the budget, and of none, by task on each split."""
+        """Score and standard error of every placement of the budget, and of none, by task on each split.
+
+        `kept` counts attention layers that are the model's own: compare placements that keep as many.
+        """
         return [
-            {"split": split, "task": task, "layers": _text(full), "score": s.value, "se": s.se, "loss": -s.neg_loss}
+            {
+                "split": split,
+                "task": task,
+                "layers": _text(full),
+                "kept": len({*full} & {*self.supernet.own}),
+                "score": score.value,
+                "se": score.se,
+                "loss": -score.neg_loss,
+            }
             for split, table in self.tables.items()
             for full in ((), *self.pool)
-            for task, s in table[full].items()
+            for task, score in table[full].items()
         ]
 
     def choices(self) -> list[dict]:

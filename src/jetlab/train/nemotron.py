@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from jetlab.config import NemotronPhase, NemotronTraining
+from jetlab.config import Nano2Study, NemotronPhase, NemotronTraining
 from jetlab.data.packing import Mixture
 from jetlab.data.tokenizer import build_tokenizer
 from jetlab.models import nemotron
 from jetlab.models.zoo import LinearDims, Shape, layer_kinds
-from jetlab.paths import resolve
+from jetlab.paths import ROOT, require, resolve
 from jetlab.seeding import generator
 from jetlab.tasks import build_tasks
 from jetlab.train.captured import FixedShapes
@@ -129,3 +129,18 @@ def train_into(folder: str | Path, training: NemotronTraining, seq_len: int, *, 
     tokenizer.save_pretrained(resolve(folder))
     pd.DataFrame(history).to_csv(resolve(folder) / "loss.csv", index=False, float_format="%.5g")
     return str(folder)
+
+
+def provide(study: Nano2Study, out_dir: str | Path) -> list[str]:
+    """The folders of the study's NemotronHs, by `nano2.source`: assets/nemotron/0 …, or trained into `out_dir`/nemotron/0 ….
+
+    Raises MissingInput for a bundled one that is not there.
+    """
+    if study.source == "bundled":
+        found = [require(f"assets/nemotron/{i}", "nano2") for i in range(study.n_models)]
+        return [str(folder.relative_to(ROOT)) for folder in found]
+    seq_len, seed, device = study.tasks.seq_len, study.common.seed, study.common.device
+    return [
+        train_into(Path(out_dir) / "nemotron" / str(i), study.training, seq_len, seed=seed + i, device=device)
+        for i in range(study.n_models)
+    ]
