@@ -87,9 +87,10 @@ def test_no_angle_changes_nothing_and_scores_depend_on_distance_alone(device):
     ones, frequency = torch.ones(1, 1, 8, device=device), torch.tensor([1.0, 0.3, 0.1, 0.01], device=device).repeat(2)
 
     def score(at_q, at_k):
-        turn = lambda x, at: rotary(
-            x, x, (at * frequency * ones).cos(), (at * frequency * ones).sin(), backend="triton"
-        )[0]  # noqa: E731
+        def turn(x, at):
+            angle = at * frequency * ones
+            return rotary(x, x, angle.cos(), angle.sin(), backend="triton")[0]
+
         return (turn(q, at_q) * turn(k, at_k)).sum(-1)
 
     for x, y in zip(rotary(q, k, ones, 0 * ones, backend="triton"), (q, k), strict=True):

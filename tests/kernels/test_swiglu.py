@@ -18,10 +18,11 @@ def inputs(shape, *, device, dtype=torch.float32):
 @SIZES
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 5e-4)])
 def test_equals_the_definition(shape, dtype, bound, device):
+    """Up to one rounding, which the interpreter cuts off in bf16."""
     gate, up = inputs(shape, device=device, dtype=dtype)
     found = swiglu(gate, up, backend="triton")
     assert found.dtype == dtype and found.shape == shape
-    assert relative_error(found, swiglu(gate.double(), up.double(), backend="reference")) < bound  # one rounding, which the interpreter cuts off in bf16
+    assert relative_error(found, swiglu(gate.double(), up.double(), backend="reference")) < bound
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
@@ -30,6 +31,7 @@ def test_is_silu_times_up_of_any_strides(backend, device):
     torch.testing.assert_close(swiglu(gate, up, backend=backend), F.silu(gate) * up)
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # of the interpreter: exp(1e4) is infinite, as it should be
 def test_large_gates_stay_finite(device):
     gate, up = torch.tensor([[-1e4, 1e4, 0.0]], device=device), torch.tensor([[2.0, 2.0, 2.0]], device=device)
     assert swiglu(gate, up, backend="triton").tolist() == [[0.0, 2e4, 0.0]]

@@ -109,7 +109,7 @@ class KeyValueRing(EngineLayer):
         the last are the new ones. Writes them."""
         held = [x[self.cache.rows] for x in (self.keys, self.values)]
         if self.cache.decoding:
-            slot = (self.cache.end - 1).remainder(self.n_slots)[None]
+            slot = self.cache.slot(self.n_slots)
             for kept, new in zip(held, (keys, values), strict=True):
                 kept.index_copy_(2, slot, new)
             return tuple(held)
@@ -202,6 +202,7 @@ class EngineCache(JetNemotronCache):
         self.n_rows, self.max_len = batch_size, max_len
         self.dtype, self.state_dtype = dtype, state_dtype
         self.end = torch.zeros((), dtype=torch.long, device=device)
+        self._slots: dict[int, Tensor] = {}
         self.start = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.rows, self.n_seen, self.decoding, self.padded = slice(0, batch_size), 0, False, False
         kinds = layer_kinds(config)
@@ -263,9 +264,21 @@ class EngineCache(JetNemotronCache):
         self.padded = any(start)
         self.seen(0)
 
+    def advance(self) -> None:
+        """One token a row more."""
+        self.end.add_(1)
+        self._slots.clear()
+
+    def slot(self, n_slots: int) -> Tensor:
+        """[1], where a ring of `n_slots` keeps the newest token; computed once a step for all rings of this size."""
+        if n_slots not in self._slots:
+            self._slots[n_slots] = (self.end - 1).remainder(n_slots)[None]
+        return self._slots[n_slots]
+
     def seen(self, n_tokens: int) -> None:
         self.n_seen = n_tokens
         self.end.fill_(n_tokens)
+        self._slots.clear()
 
     @torch.inference_mode()
     def fill(self, n_tokens: int, generator: torch.Generator | None = None) -> None:

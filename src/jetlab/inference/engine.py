@@ -120,7 +120,7 @@ class Engine:
 
     def _next(self) -> None:
         """One step in place: reads `tokens`, leaves `logits` and in `tokens` the likeliest of each row."""
-        self.cache.end.add_(1)
+        self.cache.advance()
         positions = (self.cache.end - 1 - self.cache.start)[:, None].clamp_min(0)
         self.logits.copy_(self._forward(self.tokens, positions))
         self.tokens.copy_(self.logits.argmax(-1, keepdim=True))

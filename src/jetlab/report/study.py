@@ -23,6 +23,7 @@ FILES = {  # stage -> files that the report cannot do without
     "distill": ("estimates.csv",),
     "evaluate": ("estimates.csv", "axes.csv", "samples.csv"),
     "throughput": ("throughput.csv", "roofline.csv"),
+    "nano2": ("estimates.csv", "trials.csv", "roads.csv", "layers.csv"),
 }
 STAGES = tuple(FILES)
 
