@@ -9,7 +9,7 @@ import pytest
 
 from jetlab import report
 from jetlab.paths import ROOT, MissingInput
-from jetlab.report import document, figures
+from jetlab.report import document, figures, nano2
 from jetlab.report.claims import AGREES, CANNOT_TELL, DISAGREES, NOT_TESTED, measure
 from jetlab.report.derived import DERIVED, speedups
 from jetlab.report.study import FILES, SCORED_TASKS, Estimate
@@ -141,7 +141,51 @@ def tree(tmp_path):
         ],
     )
     write_csv(root / "throughput/roofline.csv", [{"model": "Jet-Nemotron-2B", "context": 65536, "ratio": 39.0}])
+    write_nano2(root / "nano2")
     return root
+
+
+def write_nano2(folder):
+    """A hybrid of five layers, two of which go; two random rivals here, more in the record of two models."""
+    models = {"original": 0.9, "pruned": 0.6, "final": 0.85, "random_0": 0.3, "random_1": 0.5}
+    models |= {"final_minus_random_0": 0.55, "final_minus_random_1": 0.35, "final_minus_mean": 0.45}
+    requests = {"8192_16384": 8.3, "1024_8192": 3.4}
+    numbers = {f"{t}_{m}": v for t in SCORED_TASKS for m, v in models.items()}
+    numbers |= {f"record_request_{r}_{memory}": v for r, v in requests.items() for memory in ("card", "all")}
+    numbers |= {f"record_request_{r}_card_{m}_fraction_of_floor": 0.7 for r in requests for m in ("nano", "qwen")}
+    numbers |= {"record_m0_random": 0.4, "record_m1_random": 0.6}
+    write_estimates(folder / "estimates.csv", numbers)
+    facts = {"record_fits_9b_decode_128k": 1.0, "record_fits_12b_decode_128k": 0.0}
+    facts |= {"record_m0_winner": 0.9, "record_m1_winner": 0.8}
+    with (folder / "estimates.csv").open("a") as file:
+        file.writelines(f"{key},{value},,\n" for key, value in facts.items())
+    shape = {"n_layers": 3, "d_model": 64, "d_ff": 160, "n_mamba_heads": 8, "n_params": 400000, "bytes": 980000}
+    shape |= {"logit_error": 3.2, "accuracy": 0.8, "se": 0.01}
+    steps = {"candidate": "candidate 1", "winner": "winner", "random": "random 0"}
+    write_csv(
+        folder / "trials.csv",
+        [{"of": m, "step": s, "name": name} | shape for m in ("m0", "m1") for s, name in steps.items()],
+    )
+    layers = [("mamba2", 5.0, None), ("mlp", 1.0, 2), ("attention", 9.0, None), ("mlp", 0.5, 1), ("mamba2", 2.0, 3)]
+    write_csv(
+        folder / "layers.csv",
+        [
+            {"of": m, "layer": i, "kind": kind, "error": error, "removed_as": place}
+            for m in ("m0", "m1")
+            for i, (kind, error, place) in enumerate(layers)
+        ],
+    )
+    sizes = {("Jet-Nemotron", "teacher"): 2000000, ("Jet-Nemotron", "hybrid"): 1000000}
+    sizes |= {("Nemotron Nano 2", "NemotronH"): 1500000, ("Nemotron Nano 2", "NemotronH, pruned"): 980000}
+    write_csv(
+        folder / "roads.csv",
+        [
+            {"road": road, "model": model, "n_params": 400000, "weight_bytes": 800000, "kv_bytes": 9, "state_bytes": 9}
+            | {"bytes": n, "bytes_per_token": float(n)}
+            | {t: "0.850 ± 0.010" for t in SCORED_TASKS}
+            for (road, model), n in sizes.items()
+        ],
+    )
 
 
 def judged(tree, claim_id):
@@ -280,6 +324,93 @@ def test_measured_speedups_compare_models_of_the_same_run(tree):
     assert judged(tree, "speedup-grows").verdict == AGREES
 
 
+def test_pruning_is_judged_by_means_over_the_scored_tasks(tree):
+    path = tree / "nano2/estimates.csv"
+    lead = judged(tree, "nano2-importance").ours
+    assert (lead.value, lead.n) == (pytest.approx(0.45), 4 * 500)
+    assert lead.se == pytest.approx(0.01 / 2)  # four tasks, paired differences of error 0.01
+    kept = judged(tree, "nano2-kept").ours
+    assert kept.value == pytest.approx(-5)  # points
+    assert kept.se == pytest.approx(1.0 * (2 / 4) ** 0.5)
+    assert judged(tree, "nano2-distillation").ours.value == pytest.approx(0.25)
+    assert judged(tree, "nano2-kept").verdict == DISAGREES
+
+    set_values(path, **{f"{t}_final": 0.9 for t in SCORED_TASKS}, knowledge_final_minus_mean=-2.0)
+    assert judged(tree, "nano2-kept").verdict == AGREES
+    assert judged(tree, "nano2-importance").verdict == DISAGREES
+
+
+def test_random_pruning_in_the_record_is_judged_by_its_draws(tree):
+    path = tree / "nano2/estimates.csv"
+    lead = judged(tree, "nano2-importance-draws").ours
+    assert lead.value == pytest.approx((0.5 + 0.2) / 2)
+    assert lead.se == pytest.approx(0.01 / 2**0.5)
+
+    rows = list(csv.DictReader(path.open()))
+    write_csv(path, [row for row in rows if "_m1_" not in row["key"]])  # a record of one model
+    assert judged(tree, "nano2-importance-draws").ours.value == pytest.approx(0.5)
+    write_csv(path, [row | {"se": ""} if row["key"] == "record_m1_random" else row for row in rows])
+    assert judged(tree, "nano2-importance-draws").verdict == NOT_TESTED  # one draw has no spread
+
+
+def test_the_gpu_decides_which_model_fits_the_card(tree):
+    assert judged(tree, "nano2-fits-h200").verdict == judged(tree, "nano2-12b-does-not-h200").verdict == AGREES
+    assert judged(tree, "nano2-6.3-h200").verdict == DISAGREES  # faster than printed is another number, too
+    assert judged(tree, "nano2-3.3-h200").verdict == AGREES
+
+    set_values(tree / "nano2/estimates.csv", record_fits_9b_decode_128k=0.0, record_fits_12b_decode_128k=1.0)
+    assert judged(tree, "nano2-fits-h200").verdict == judged(tree, "nano2-12b-does-not-h200").verdict == DISAGREES
+
+
+def test_the_printed_accuracies_give_the_limit_of_what_pruning_may_lose(tree):
+    rows = report.load(tree).paper["nano2_accuracy_base"]
+    losses = [row["nano_9b_base"] - row["nano_12b_base"] for row in rows if row["nano_9b_base"] is not None]
+    claim = judged(tree, "nano2-kept").claim
+    assert judged(tree, "nano2-accuracy-printed").ours.n == 9
+    assert len(losses) == 6  # as the reasons say
+    assert claim.paper_value == pytest.approx(sum(losses) / 6, abs=0.05)  # printed to a tenth
+    assert claim.rule == f"above {claim.paper_value}"
+
+
+def test_the_section_on_pruning_counts_what_the_winner_gave_up(tree):
+    text = nano2.pruned(report.load(tree))
+    assert "keeps 3 of 5 layers (given up: 2 MLP)" in text  # the third in the order of removal stays
+    assert "from 1 500 000 to 980 000 bytes; the hybrid takes 1 000 000" in text
+    assert "layer 2 (attention, counted from 0)" in text
+
+    layers = list(csv.DictReader((tree / "nano2/layers.csv").open()))
+    write_csv(tree / "nano2/layers.csv", [row | {"kind": "mamba2"} if row["layer"] == "1" else row for row in layers])
+    assert "given up: 1 MLP, 1 Mamba2" in nano2.pruned(report.load(tree))
+
+
+def test_the_section_on_pruning_shows_the_first_model_and_every_draw(tree):
+    study = report.load(tree)
+    assert [row[0] for row in nano2.trials(study).rows] == ["candidate 1", "winner", "random 0"]
+    scores = nano2.scores(study)
+    assert [column for column in scores.header if "random" in column] == [
+        "random 0, distilled",
+        "random 1, distilled",
+        "distilled − mean of random",
+    ]
+    assert scores.rows[0][1:] == tuple(f"{x:.3f} ± 0.010" for x in (0.9, 0.6, 0.85, 0.3, 0.5, 0.45))
+    assert nano2.two_roads(study).header[-4:] == SCORED_TASKS
+
+
+def test_only_the_smaller_published_model_leaves_room_in_the_budget():
+    large, small = ({"model": row[0], "left": float(row[-1])} for row in nano2.memory().rows)
+    assert nano2.memory().header[-1] == "left of 19.66 [GiB]"
+    assert large["model"] == "12B" and large["left"] < 0 < small["left"]
+
+
+def test_the_papers_accuracies_are_printed_as_they_stand(tree, tmp_path):
+    report.write(report.load(tree), tmp_path / "out")
+    lines = (tmp_path / "out/report.md").read_text().splitlines()
+    assert "| AIME24 | 81.9 | 85.42 | 75.83 | 81.53 |" in lines
+    assert "| RULER-128K | 82.22 | 84.74 | – | 80.7 |" in lines
+    request = next(line for line in lines if line.startswith("| 8 192 | 16 384 | 6.3 |"))
+    assert "8.300 ± 0.010" in request
+
+
 @pytest.mark.parametrize(
     ("claim_id", "expected"),
     [
@@ -299,6 +430,7 @@ def test_measured_speedups_compare_models_of_the_same_run(tree):
         ("prefill-256k", AGREES),
         ("nano2-fits", AGREES),
         ("nano2-12b-does-not", AGREES),
+        ("nano2-accuracy-printed", AGREES),
         ("window-is-enough", NOT_TESTED),
     ],
 )
@@ -345,7 +477,7 @@ def test_the_report_is_written_twice_with_the_same_bytes(tree, tmp_path):
         p.relative_to(tmp_path / "second"): p.read_bytes() for p in (tmp_path / "second").rglob("*") if p.is_file()
     }
     assert first == second
-    assert len(first) == 14  # two pages, twelve figures
+    assert len(first) == 16  # two pages, fourteen figures
 
 
 def test_the_pages_hold_every_claim_and_load_nothing(tree, tmp_path):

@@ -1,11 +1,13 @@
 """The sweep: what it builds and how it counts; what needs a GPU runs where there is one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import NemotronHForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from jetlab.inference import roofline, sweep
-from jetlab.models import zoo
+from jetlab.models import nemotron, zoo
 
 
 def tiny():
@@ -106,3 +108,37 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(run):
     with pytest.raises(RuntimeError, match="illegal"):
         sweep.measure(None, sweep.Point("Qwen2.5-1.5B", "decode", 256, batch=4), 4e12, 8e14)
     assert sweep.out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
+
+
+def test_a_batch_can_be_the_largest_that_fits_at_a_longer_context(monkeypatch):
+    asked = []
+
+    def fits(model, point):
+        def works(batch):
+            asked.append(point.context)
+            return batch * point.context <= 4000
+
+        return works
+
+    monkeypatch.setattr(sweep, "fits", fits)
+    monkeypatch.setattr(sweep.memory, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(sweep.memory, "engine_bytes", lambda model, batch, length, n, state: 10**5 * batch)
+    point = sweep.Point("Qwen2.5-1.5B", "decode", 100, up_to=1000)
+    assert sweep.largest(tiny(), point) == 4
+    assert set(asked) == {1000}
+    assert sweep.largest(tiny(), replace(point, up_to=None)) == 40
+
+
+@pytest.mark.parametrize("pattern", ["M-*", "*-M"])
+def test_transformers_cache_of_a_hybrid_is_filled_as_if_a_text_had_been_read(pattern):
+    shape = replace(zoo.shape("NVIDIA-Nemotron-Nano-9B-v2"), d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48)
+    shape = replace(shape, vocab_size=97, layer_kinds=zoo.layer_kinds(pattern), n_layers=3)
+    shape = replace(shape, linear=zoo.LinearDims(4, 8, 4, n_groups=2))
+    model = sweep.draw_weights(NemotronHForCausalLM(nemotron.config_of(shape, chunk_size=4))).eval()
+    with torch.inference_mode():
+        cache = sweep.filled_cache(model, 3, 19)
+        assert cache.get_seq_length() == 19
+        prompt = torch.ones(3, 20, dtype=torch.long)
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert model.generate(prompt, past_key_values=cache, **options).shape == (3, 24)
+    assert cache.get_seq_length() == 23

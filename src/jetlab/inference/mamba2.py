@@ -1,8 +1,8 @@
 """Mamba2 layers of Transformers in the engine: what a mixer computes while `engaged`, over the engine's states.
 
 Transformers' own forward reads and writes the state once for every factor of a step, knows no rows of a cache, takes other
-bounds on the time step in a chunk of one token, and in some releases needs megabytes a token to read a prompt. Its weights
-and formulas are kept: a token goes through `ops.mamba2_step`, a prompt's chunk through `ops.gated_linear_attention`.
+bounds on the time step in a chunk of one token, and reads a prompt through fp32 copies of keys and queries for all heads. Its
+weights and formulas are kept: a token goes through `ops.mamba2_step`, a prompt's chunk through `ops.gated_linear_attention`.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -110,7 +110,7 @@ def _step(mixer: nn.Module, x: Tensor, state: RecurrentState) -> Tensor:
         state=state.recurrent,
         conv_state=state.conv[0],
         n_groups=mixer.n_groups,
-        norm_groups=z.shape[-1] // getattr(mixer.norm, "group_size", z.shape[-1]),  # Mamba2's of 5.17 has no groups
+        norm_groups=z.shape[-1] // mixer.norm.group_size,
         eps=mixer.norm.variance_epsilon,
         in_place=True,
     )

@@ -53,14 +53,9 @@ def _generation_s(model: str, prompt: int, answer: int) -> float:
     return roofline.prefill_flops(shape, prompt) / device.flops + answer * step / batch
 
 
-def _nano2(prompt: int, answer: int) -> float:
+def request_floor(prompt: int, answer: int) -> float:
+    """Answers a second that an A10G allows Nemotron Nano 2 9B over those that it allows Qwen3-8B."""
     return _generation_s("Qwen3-8B", prompt, answer) / _generation_s("NVIDIA-Nemotron-Nano-9B-v2", prompt, answer)
-
-
-def request_floor(prompt: int, answer: int) -> float | None:
-    """Answers a second that an A10G allows the 9B over those that it allows Qwen3-8B; None but for the report's settings."""
-    name = {(8192, 16384): "nano2_speedup_8k_16k", (1024, 8192): "nano2_speedup_1k_8k"}.get((prompt, answer))
-    return name
 
 
 def _needs_gib(model: str) -> float:
@@ -84,8 +79,8 @@ _constant("params_table2_chosen_m", lambda: _grid_params(12, 96, 256) / 1e6)
 _constant("params_table2_other_m", lambda: _grid_params(8, 192, 192) / 1e6)
 _constant("generator_dim_2b", lambda: _shape("Jet-Nemotron-2B").linear.generator_dim)
 _constant("full_layers_4b", lambda: _shape("Jet-Nemotron-4B").count("attention"))
-_constant("nano2_speedup_8k_16k", lambda: _nano2(8192, 16384))
-_constant("nano2_speedup_1k_8k", lambda: _nano2(1024, 8192))
+_constant("nano2_speedup_8k_16k", lambda: request_floor(8192, 16384))
+_constant("nano2_speedup_1k_8k", lambda: request_floor(1024, 8192))
 _constant("nano2_9b_at_128k_gib", lambda: _needs_gib("NVIDIA-Nemotron-Nano-9B-v2"))
 _constant("nano2_12b_at_128k_gib", lambda: _needs_gib("NVIDIA-Nemotron-Nano-12B-v2-Base"))
 _constant("nano2_params_before_b", lambda: zoo.n_params(_shape("NVIDIA-Nemotron-Nano-12B-v2-Base")) / 1e9)
@@ -207,6 +202,14 @@ def llama_retrieval_mean(study: Study) -> Estimate:
 def search_gpu_hours(study: Study) -> Estimate:
     rows = [r for r in study.paper["table10_costs_2b"] if r["stage"].startswith("PostNAS")]
     return Estimate(float(sum(r["h100_gpu_hours"] for r in rows)))
+
+
+@_derived
+def nano2_reasoning_lead(study: Study) -> Estimate:
+    """Mean lead of the 9B over Qwen3-8B in points, over the benchmarks that print both."""
+    rows = study.paper["nano2_accuracy_reasoning"]
+    leads = [row["nano_9b_v2"] - row["qwen3_8b"] for row in rows if None not in (row["nano_9b_v2"], row["qwen3_8b"])]
+    return Estimate(sum(leads) / len(leads), None, len(leads))
 
 
 def _fig3_gain(metric: str):
@@ -362,6 +365,38 @@ def hybrid_over_uniform(study: Study) -> Estimate | None:
     """Mean over the scored tasks, by the paired differences where the stage wrote them."""
     paired = [e for t in SCORED_TASKS if (e := study.get("evaluate", f"{t}_hybrid_minus_uniform"))]
     return mean(paired) if paired else _mean_difference(study, "evaluate", "hybrid", "uniform")
+
+
+@_derived
+def nano2_final_over_original(study: Study) -> Estimate | None:
+    return _mean_difference(study, "nano2", "final", "original")
+
+
+@_derived
+def nano2_final_over_pruned(study: Study) -> Estimate | None:
+    return _mean_difference(study, "nano2", "final", "pruned")
+
+
+@_derived
+def nano2_final_over_random(study: Study) -> Estimate | None:
+    """Mean over the scored tasks of the distilled winner minus the mean of its random rivals, paired by test context."""
+    paired = [e for t in SCORED_TASKS if (e := study.get("nano2", f"{t}_final_minus_mean"))]
+    return mean(paired) if paired else None
+
+
+@_derived
+def nano2_record_winner_over_random(study: Study) -> Estimate | None:
+    """Winner minus the mean of its random rivals in the record, whose n and error count draws; mean over its models.
+
+    None where a model has fewer than two draws: without their spread any lead would decide.
+    """
+    leads = []
+    while winner := study.get("nano2", f"record_m{len(leads)}_winner"):
+        rivals = study.get("nano2", f"record_m{len(leads)}_random")
+        if rivals is None or rivals.se is None:
+            return None
+        leads.append(Estimate(winner.value - rivals.value, rivals.se, rivals.n))
+    return mean(leads) if leads else None
 
 
 @_derived

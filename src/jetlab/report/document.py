@@ -3,42 +3,17 @@
 Text may use `code`, **bold** and [links](target), which both renderers know.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 from jetlab.inference import roofline
 from jetlab.models import zoo
-from jetlab.report import figures
+from jetlab.report import figures, nano2
+from jetlab.report.blocks import Block, Figure, Heading, Paragraph, Table, by_task, number, table, with_error
 from jetlab.report.claims import AGREES, CANNOT_TELL, DISAGREES, NOT_TESTED, VERDICTS, Judged
 from jetlab.report.derived import DERIVED, speedups
 from jetlab.report.study import SCORED_TASKS, STAGES, Estimate, Study
 from jetlab.search.hardware import RULE
 
-
-@dataclasses.dataclass(frozen=True)
-class Heading:
-    level: int
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    name: str  # figures/{name}.svg
-    caption: str
-
-
-Block = Heading | Paragraph | Table | Figure
 NOTEBOOKS = {  # stage -> the notebook that shows it
     "teacher": "01_teacher",
     "supernet": "02_supernet",
@@ -50,34 +25,8 @@ NOTEBOOKS = {  # stage -> the notebook that shows it
     "distill": "07_distill",
     "evaluate": "08_evaluate",
     "throughput": "09_throughput",
+    "nano2": "10_nemotron_nano2",
 }
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number as the tables print it: `digits` significant, whole numbers and thousands in full."""
-    if value is None:
-        return "–"
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}".replace(",", " ")
-    if abs(value) >= 1000:
-        return f"{value:,.0f}".replace(",", " ")
-    text = f"{value:.{digits}g}"
-    return f"{value:.2e}" if "e" in text and abs(value) < 1e-4 else text
-
-
-def with_error(estimate: Estimate | None) -> str:
-    """value ± standard error, the value to the last digit that its error leaves."""
-    if estimate is None:
-        return "–"
-    if not estimate.se:
-        return number(estimate.value)
-    decimals = next((d for d in range(5) if estimate.se >= 10**-d), 4) + (1 if estimate.se < 1000 else 0)
-    decimals = min(decimals, 4)
-    return f"{estimate.value:.{decimals}f} ± {estimate.se:.{decimals}f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    return Table(tuple(header), tuple(tuple(str(cell) for cell in row) for row in rows))
 
 
 def paper_value(item: Judged) -> str:
@@ -93,15 +42,7 @@ def verdict_table(items: Sequence[Judged]) -> Table:
     for item in items:
         n = number(item.ours.n) if item.ours else "–"
         rows.append((item.claim.claim, paper_value(item), with_error(item.ours), n, f"**{item.verdict}**"))
-    return _table(("the paper says", "paper", "ours ± se", "n", "verdict"), rows)
-
-
-def _keys(study: Study, stage: str, columns: dict[str, str]) -> Table:
-    """Tasks down, `{task}_{suffix}` across for column title -> suffix; columns that no task has are left out."""
-    columns = {title: suffix for title, suffix in columns.items() if study.tasks(stage, suffix)}
-    tasks = list(dict.fromkeys(t for suffix in columns.values() for t in study.tasks(stage, suffix)))
-    rows = [(t, *(with_error(study.get(stage, f"{t}_{suffix}")) for suffix in columns.values())) for t in tasks]
-    return _table(("task", *columns), rows)
+    return table(("the paper says", "paper", "ours ± se", "n", "verdict"), rows)
 
 
 def _count(items: Sequence[Judged], what: str) -> int:
@@ -154,7 +95,7 @@ def _teacher(study: Study) -> Table:
         scores = [study.get("teacher", f"{task}_t{i}") for i in range(study.n_teachers)]
         n = next((e.n for e in scores if e and e.n), None)
         rows.append((task, *(map(with_error, scores)), with_error(study.get("teacher", f"{task}_chance")), number(n)))
-    return _table(("task", *(f"teacher {i}" for i in range(study.n_teachers)), "chance", "n"), rows)
+    return table(("task", *(f"teacher {i}" for i in range(study.n_teachers)), "chance", "n"), rows)
 
 
 def _selectors(study: Study) -> Table:
@@ -170,7 +111,7 @@ def _selectors(study: Study) -> Table:
         )
         out.append((selector, *map(number, (budget, regret, round(looked_at), round(tokens), len(group)))))
     header = ("selector", "full layers", "mean regret [0…1]", "placements looked at", "tokens", "searches")
-    return _table(header, out)
+    return table(header, out)
 
 
 def _blocks(study: Study) -> Table:
@@ -198,7 +139,7 @@ def _blocks(study: Study) -> Table:
                 " / ".join(number(row.get(m)) for m in ("mmlu", "math", "retrieval")),
             )
         )
-    return _table(("block", *tasks, "parameters", "state [bytes]", "paper: MMLU / math / retrieval [%]"), rows)
+    return table(("block", *tasks, "parameters", "state [bytes]", "paper: MMLU / math / retrieval [%]"), rows)
 
 
 def _grid(study: Study) -> Table:
@@ -208,7 +149,7 @@ def _grid(study: Study) -> Table:
     for row in rows:
         scores = [with_error(Estimate(row[t], row[f"{t}_se"]) if row[t] is not None else None) for t in tasks]
         out.append((row["name"], number(row.get("params")), number(row.get("state_bytes")), *scores))
-    return _table(("setting", "parameters", "state [bytes]", *tasks), out)
+    return table(("setting", "parameters", "state [bytes]", *tasks), out)
 
 
 def _speeds(study: Study) -> Table:
@@ -223,7 +164,7 @@ def _speeds(study: Study) -> Table:
         for context, speeds in sorted(by_context.items()):
             measured = [with_error(speeds.get(model)) for model in ("teacher", "hybrid")]
             rows.append((phase, number(context), *measured, with_error(ratios.get(context))))
-    return _table(("phase", "context [tokens]", "teacher [tokens/s]", "hybrid [tokens/s]", "ratio"), rows)
+    return table(("phase", "context [tokens]", "teacher [tokens/s]", "hybrid [tokens/s]", "ratio"), rows)
 
 
 def _cache_column(study: Study) -> Table:
@@ -234,7 +175,7 @@ def _cache_column(study: Study) -> Table:
         rows.append(
             (row["model"], number(row["reported_mib"]), number(computed, 5), f"{gap:+.1f} %" if gap else "equal")
         )
-    return _table(("model", "Table 3 [MiB]", "closed form [MiB]", "gap"), rows)
+    return table(("model", "Table 3 [MiB]", "closed form [MiB]", "gap"), rows)
 
 
 def _ratios(study: Study) -> Table:
@@ -267,7 +208,7 @@ def _ratios(study: Study) -> Table:
         "prefill, our engine on an H200",
         "operations of a prefill",
     )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 ASKED_VARIANTS = ("none", "static", "dynamic", "dynamic_static_qk", "dynamic_also_qk", "static_equal_params")
@@ -286,7 +227,7 @@ def _over_seeds(study: Study, stage: str, names: Sequence[str], columns: dict[st
         Paragraph(
             "Mean of the scored tasks in the record of three seeds and two teachers, ± standard error over the seeds:"
         ),
-        _table(("", *columns), rows),
+        table(("", *columns), rows),
     ]
 
 
@@ -297,7 +238,7 @@ def _samples(study: Study) -> list[Block]:
     shown = [
         tuple(" ".join(str(cell if cell is not None else "").split())[:160] for cell in row.values()) for row in rows
     ]
-    return [_table(tuple(rows[0]), shown)]
+    return [table(tuple(rows[0]), shown)]
 
 
 def _size(study: Study) -> str:
@@ -330,6 +271,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         Paragraph(
             "A pretrained transformer goes through the four search steps of PostNAS (arXiv:2508.15884) and comes "
             f"out as a hybrid of linear and full attention. {_size(study)} "
+            "Beside it goes the road of Nemotron Nano 2 (arXiv:2508.14444): a small hybrid pruned to the same bytes. "
             "Speed and memory of the published models are closed forms and hold at their true size. "
             f"All results are of profile `{study.profile}`."
         ),
@@ -350,7 +292,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
             "operations allow: **disagrees** then says that the hardware alone does not give the printed ratio. "
             "With this many comparisons, about one in twenty leaves its interval by chance."
         ),
-        _table(("verdict", "claims"), [(word, number(_count(items, word))) for word in VERDICTS]),
+        table(("verdict", "claims"), [(word, number(_count(items, word))) for word in VERDICTS]),
     ]
     out += _section(
         study,
@@ -369,7 +311,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "Every layer gets a linear path beside its attention; the paths learn the features of the original, one "
         "randomly drawn subnetwork a step. All-linear and all-full are its two extremes on test examples.",
         *figure("supernet_loss", "Training loss of the supernets; the two phases have different losses."),
-        _keys(study, "supernet", _teachers(study, {"all linear": "all_linear", "all full": "all_full"})),
+        by_task(study, "supernet", _teachers(study, {"all linear": "all_linear", "all full": "all_full"})),
     )
     out += _section(
         study,
@@ -383,7 +325,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         *figure("architecture", "Layers of the teacher, of the chosen hybrid and of the uniform rule."),
         *figure("importance", "Importance of each layer alone (first teacher), the paper's Fig 5a in miniature."),
         *figure("placement", f"Accuracy with {k} full layer(s), test examples, with standard errors."),
-        _keys(study, "placement", placements),
+        by_task(study, "placement", placements),
         Paragraph(
             "How far each selector, asked for all tasks at once, stays behind what an exhaustive search chooses on the same "
             "examples, on a scale from chance (0) to the teacher (1), and what it costs. Chosen on other examples than "
@@ -417,7 +359,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "No convolution, a static one or a dynamic one on the values. The paper prints no table for this step. All "
         "nineteen variants of the record stand in the notebook; here those that the claims ask about.",
         *figure("jetblock", "Accuracy of the variants, with standard errors."),
-        _keys(study, "jetblock", {v: v for v in figures.variants(study)}),
+        by_task(study, "jetblock", {v: v for v in figures.variants(study)}),
         *_over_seeds(study, "jetblock", ASKED_VARIANTS, {"found": "found", "no full layer": "none"}),
     )
     out += _section(
@@ -439,7 +381,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "Stage 1 trains the new layers with frozen MLPs, stage 2 all weights. The waterfall is the paper's Fig 3 on the "
         "record: every bar trained alike by stage 1, two teachers and three seeds.",
         *figure("waterfall", "What each step of the search added, with the standard errors of the steps."),
-        _keys(study, "distill", {"after stage 1": "stage1", "after stage 2": "stage2"}),
+        by_task(study, "distill", {"after stage 1": "stage1", "after stage 2": "stage2"}),
     )
     out += _section(
         study,
@@ -449,7 +391,7 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         "The hybrid beside its teacher, and beside the same hybrid trained at the uniform placement. The notebook also "
         "stretches the contexts beyond the length of training and switches off each kind of layer.",
         *figure("evaluate", "Accuracy of the final models, with standard errors."),
-        _keys(study, "evaluate", figures.EVALUATED),
+        by_task(study, "evaluate", figures.EVALUATED),
         *figure("six_axes", "The paper's six axes and what stands for them here; commonsense has no counterpart."),
         *_samples(study),
     )
@@ -470,19 +412,23 @@ def document(study: Study, items: Sequence[Judged], drawn: Sequence[str]) -> lis
         ),
         _ratios(study),
     )
+    text, blocks = nano2.section(study, figure)
+    out += _section(
+        study, items, "nano2", "10 · Nemotron Nano 2: a hybrid pruned to a budget (arXiv:2508.14444)", text, *blocks
+    )
     out += [
-        Heading(2, "10 · Cache and parameters in closed form (paper: Tables 2 and 3)"),
+        Heading(2, "11 · Cache and parameters in closed form (paper: Tables 2 and 3)"),
         Paragraph(
             "Keys and values in bf16, recurrent states in fp32 for Jet-Nemotron and in bf16 for Mamba2, 64K tokens, "
             "one sequence. Gemma3n is counted without its local layers, as the paper does."
         ),
         _cache_column(study),
-        Heading(2, "11 · Every claim"),
+        Heading(2, "12 · Every claim"),
         Paragraph(
             "All claims of the two papers and of articles about them that can be stated as a number or a direction. "
             "Articles are named as such; what they print is not what the papers print."
         ),
-        _table(
+        table(
             ("claim", "source", "paper", "ours ± se", "verdict", "reason"),
             [
                 (i.claim.claim, i.claim.source, paper_value(i), with_error(i.ours), f"**{i.verdict}**", i.claim.reason)

@@ -20,16 +20,17 @@ PATH = (
     ("distill", "two stages"),
     ("evaluate", "every task"),
     ("throughput", "speed and floor"),
+    ("nano2", "the other road"),
     ("report", "against the paper"),
 )
 PLACEMENTS = ("teacher", "exhaustive", "found", "random", "uniform", "all_linear")
 
 
 def path_of_the_study(study: Study):
-    """Boxes of the stages in reading order, five a row; the bars mark those whose MLPs are frozen."""
-    fig, ax = plots.figure(width=7.5, height=2.6)
+    """Boxes of the stages in reading order, six a row; the bars mark those whose MLPs are frozen."""
+    fig, ax = plots.figure(width=9, height=2.6)
     for i, (stage, what) in enumerate(PATH):
-        x, y = i % 5, 1.35 - 1.3 * (i // 5)
+        x, y = i % 6, 1.35 - 1.3 * (i // 6)
         face = "#f3ddd3" if 1 <= i <= 5 else "#e6ebf2"
         ax.add_patch(FancyBboxPatch((x + 0.06, y), 0.8, 0.6, boxstyle="round,pad=0.03", fc=face, ec="#666666"))
         ax.text(x + 0.46, y + 0.4, stage, ha="center", va="center", fontsize=10.5, weight="bold")
@@ -38,10 +39,10 @@ def path_of_the_study(study: Study):
             ax.annotate(
                 "", (x + 1.03, y + 0.3), (x + 0.89, y + 0.3), arrowprops={"arrowstyle": "->", "color": "#444444"}
             )
-    for left, right, y in ((1.03, 4.89, 1.22), (0.03, 1.46, -0.08)):  # of distill, stage 1 alone
+    for left, right, y in ((1.03, 5.89, 1.22), (0.03, 0.46, -0.08)):  # of distill, stage 1 alone
         ax.plot([left, right], [y, y], color="#d55e00", linewidth=2)
     ax.text(0.03, -0.24, "MLPs frozen, to the end of stage 1 of distill", va="center", fontsize=9)
-    ax.set(xlim=(0, 5.05), ylim=(-0.35, 2))
+    ax.set(xlim=(0, 6.05), ylim=(-0.35, 2))
     ax.axis("off")
     return fig
 
@@ -245,6 +246,28 @@ def speedup(study: Study):
     )
 
 
+def nano2_layers(study: Study):
+    """What the logits lose without one layer of the small NemotronH; above a bar, its place in the order of removal."""
+    rows = [row for row in study.tables["nano2"]["layers"] if row["of"] == "m0"]
+    fig, ax = plots.figure(width=9, height=3.6)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        some = [row for row in rows if row["kind"] == kind]
+        at, errors = [row["layer"] for row in some], [row["error"] for row in some]
+        drawn = ax.bar(at, errors, color=plots.colour(kind), edgecolor="#666666", linewidth=0.5, label=kind)
+        places = ["" if row["removed_as"] is None else str(row["removed_as"]) for row in some]
+        ax.bar_label(drawn, places, padding=2, fontsize=9)
+    ax.set(yscale="log", xlabel="layer [index]", ylabel="squared error of the logits [1]")
+    ax.set_xticks([row["layer"] for row in rows])
+    ax.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    return fig
+
+
+def nano2(study: Study):
+    """The small NemotronH before pruning, after it and after distillation, and its random rivals."""
+    series = {"original": "original", "pruned": "pruned", "pruned, distilled": "final"}
+    return _grouped(study, "nano2", series | {f"random {i}": f"random_{i}" for i in range(study.n_draws)})
+
+
 FIGURES = {
     "path": path_of_the_study,
     "architecture": architecture,
@@ -260,4 +283,6 @@ FIGURES = {
     "accuracy_over_speed": accuracy_over_speed,
     "throughput": throughput,
     "speedup": speedup,
+    "nano2_layers": nano2_layers,
+    "nano2": nano2,
 }

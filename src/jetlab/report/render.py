@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jetlab.report.document import Block, Figure, Heading, Paragraph, Table
+from jetlab.report.blocks import Block, Figure, Heading, Paragraph, Table
 
 VERDICT_CLASSES = {"agrees": "yes", "disagrees": "no", "cannot tell": "open", "not tested here": "none"}
 

@@ -95,6 +95,14 @@ class Study:
         """Teachers that the supernet stage used, by its curves."""
         return len({row["supernet"].partition("_")[0] for row in self.tables["supernet"]["loss"]})
 
+    @property
+    def n_draws(self) -> int:
+        """Random prunings of stage nano2's first model, by its keys `{task}_random_{i}`."""
+        count = 0
+        while self.tasks("nano2", f"random_{count}"):
+            count += 1
+        return count
+
     def tasks(self, stage: str, suffix: str) -> list[str]:
         """Tasks that a stage scored, by its keys `{task}_{suffix}`: scored four, controls, others."""
         ends = "_" + suffix
