@@ -572,6 +572,7 @@ class Compression(StudyModel):
     rank_steps: Count  # of distillation, to rank candidates
     final_steps: Count  # of distillation, for the winner and each random pruning
     n_random: Count  # random prunings of the winner's bytes
+    n_controls: Annotated[int, Field(ge=0)]  # more of them that keep its attention, and of the best narrowed candidate
     n_workers: Count  # processes for the last distillations
     learning_rate: Rate
     warmup: Count  # steps

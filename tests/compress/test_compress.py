@@ -1,5 +1,7 @@
 """The recipe as a whole, on a random model of a few layers: what is chosen, counted and compared."""
 
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +42,7 @@ def study(sizes):
             "final_steps": 3,
             "n_candidates": 2,
             "n_random": 2,
+            "n_controls": 2,
             "n_workers": 1,
         }
         tasks = {"seq_len": 48, "sizes": sizes, "n_contexts": {"search": 2, "select": 2, "test": 3}, "n_questions": 2}
@@ -85,10 +88,21 @@ def test_a_depth_is_tried_at_full_width(run):
 
 def test_the_winner_fits_and_random_pruning_takes_as_many_bytes(run):
     assert run.winner.needed.total <= run.budget.n_bytes
-    for rival in run.random:
+    for rival in [trial for trial in run.others if trial.name.startswith(("random", "attention"))]:
         assert (rival.needed, rival.n_params) == (run.winner.needed, run.winner.n_params)
         assert [r["step"] for r in rival.history] == [r["step"] for r in run.winner.history] == [3]
-    assert len({rival.target.layers for rival in run.random} | {run.winner.target.layers}) > 1
+    assert len({rival.target.layers for rival in run.others} | {run.winner.target.layers}) > 1
+
+
+def test_controls_change_one_thing_at_a_time(run):
+    by_name = {trial.name: trial for trial in run.others}
+    attention = {layer for layer, kind in enumerate(run.shape.layer_kinds) if kind == "attention"}
+    kept = by_name["attention kept 0"].target.layers
+    assert attention & set(kept) == attention & set(run.winner.target.layers)
+    narrowed, drawn = by_name["narrowed"], by_name["narrowed random 0"]
+    assert narrowed.target == drawn.target
+    assert narrowed.target in [trial.target for trial in run.candidates]
+    assert drawn.logit_error != narrowed.logit_error  # other neurons, channels or heads
 
 
 def test_the_winner_is_handed_over_and_saved_as_counted(run, tmp_path):
@@ -104,20 +118,43 @@ def test_the_winner_is_handed_over_and_saved_as_counted(run, tmp_path):
 def test_the_tables_have_a_row_for_each_thing(run):
     assert [row["kind"] for row in run.layer_rows()] == list(zoo.layer_kinds("M-*M-*-"))
     assert sorted(row["removed_as"] for row in run.layer_rows() if row["removed_as"]) == [1, 2]
-    assert [row["step"] for row in run.trial_rows()] == ["depth"] + ["candidate"] * 2 + ["winner"] + ["random"] * 2
-    models = ["original", "pruned", "final", "random 0", "random 1"]
+    names = ["winner", "narrowed", "random", "random", *["attention kept", "narrowed random"] * 2]
+    assert [row["step"] for row in run.trial_rows()] == ["depth"] + ["candidate"] * 2 + names
+    models = ["original", "pruned", "final", *(trial.name for trial in run.others)]
     assert [(row["model"], row["task"]) for row in run.score_rows()] == [
         (model, task) for model in models for task in ("retrieval", "knowledge")
     ]
     assert {row["model"] for row in run.loss_rows()} == {row["name"] for row in run.trial_rows()}
 
 
-def test_differences_are_paired_by_context_and_averaged_over_seeds(run):
-    rows = [row for row in run.difference_rows() if row["task"] == "knowledge"]
-    assert [row["rival"] for row in rows] == ["random 0", "random 1", "mean"]
-    assert rows[2]["value"] == pytest.approx((rows[0]["value"] + rows[1]["value"]) / 2)
-    assert rows[2]["se_seeds"] == pytest.approx(abs(rows[0]["value"] - rows[1]["value"]) / 2)  # of two
-    assert all(row["n"] == 3 for row in rows)
+def test_differences_are_averaged_over_draws(run):
+    rows = {(row["rival"], row["task"]): row for row in run.difference_rows()}
+    assert set(rows) == {
+        (rival, task)
+        for rival in ("random", "attention kept", "narrowed random")
+        for task in ("knowledge", "retrieval", "mean")
+    }
+    trials = {trial.name: trial for trial in run.others} | {"winner": run.winner}
+
+    def accuracy(name, task):
+        return trials[name].scores[task].value
+
+    for rival, ours in (("random", "winner"), ("attention kept", "winner"), ("narrowed random", "narrowed")):
+        leads = [accuracy(ours, "knowledge") - accuracy(f"{rival} {i}", "knowledge") for i in range(2)]
+        row = rows[rival, "knowledge"]
+        assert row["value"] == pytest.approx(sum(leads) / 2)
+        assert row["se"] == pytest.approx(abs(leads[0] - leads[1]) / 2)  # of two
+        assert row["n"] == 2
+        both = (row["value"] + rows[rival, "retrieval"]["value"]) / 2
+        assert rows[rival, "mean"]["value"] == pytest.approx(both)
+
+
+def test_each_model_draws_its_own_rivals(study, folder, budget, run, tmp_path):
+    copied = tmp_path / "another"
+    shutil.copytree(folder, copied)
+    other = compress(study(n_controls=0), copied, budget)
+    layers = [[t.target.layers for t in found.others if t.name.startswith("random")] for found in (run, other)]
+    assert layers[0] != layers[1]
 
 
 @pytest.mark.slow  # two processes to start
@@ -127,9 +164,16 @@ def test_processes_change_nothing(study, folder, budget, run):
     assert other.score_rows() == run.score_rows()
 
 
-def test_that_nothing_fits_is_found_before_training(study, folder, budget):
+def test_that_nothing_fits_is_found_before_training(study, folder, budget, monkeypatch):
+    monkeypatch.setattr("jetlab.compress.study.distill", None)
     with pytest.raises(BudgetTooSmall, match="6 layers, d_model 24, d_ff 20, 6 Mamba heads"):
-        compress(study(n_removed=[1], d_model=[24], d_ff=[20], n_mamba_heads=[6]), folder, budget)
+        compress(study(n_removed=[1], depths=[], d_model=[24], d_ff=[20], n_mamba_heads=[6]), folder, budget)
+
+
+def test_that_no_layers_could_fit_is_found_before_measuring(study, folder, budget, monkeypatch):
+    monkeypatch.setattr("jetlab.compress.study.single_removals", None)
+    with pytest.raises(BudgetTooSmall, match=r"whichever 1 layers go, at least .* are needed: 6 layers"):
+        compress(study(n_removed=[1]), folder, replace(budget, n_bytes=10_000))
 
 
 def test_some_task_must_be_scored(study, folder, budget):

@@ -60,6 +60,7 @@ def test_heads_must_fill_their_groups():
         (lambda: Qwen3Config(), "got a model of type qwen3"),
         (lambda: NemotronHConfig(hybrid_override_pattern="ME*-"), "got moe"),
         (lambda: NemotronHConfig(hybrid_override_pattern="M*-", use_bias=True), "got use_bias"),
+        (lambda: NemotronHConfig(hybrid_override_pattern="M*-", tie_word_embeddings=True), "never ties its embeddings"),
     ],
 )
 def test_what_is_no_nano_2_has_no_shape(config, message):

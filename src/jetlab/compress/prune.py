@@ -14,7 +14,7 @@ from transformers import NemotronHForCausalLM
 from jetlab.compress.budget import Budget, fits
 from jetlab.compress.calibration import Calibration, random_rows
 from jetlab.compress.importance import Aggregate, Importance, logit_error, measure, remove_layers
-from jetlab.compress.search import Space, candidates, space_like_nano2
+from jetlab.compress.search import Space, candidates, require_reachable, space_like_nano2
 from jetlab.compress.target import Target, whole
 from jetlab.models import nemotron
 from jetlab.models.zoo import Shape
@@ -48,6 +48,7 @@ def prune(
     if fits(shape, budget):
         return apply(model, whole(shape), None)
     space = space or space_like_nano2(shape)
+    require_reachable(shape, space, budget)
     order = [
         removal.layer for removal in remove_layers(model, calibration, space.n_removed[-1], rows_at_once=rows_at_once)
     ]

@@ -86,6 +86,29 @@ def target_at(shape: Shape, order: Sequence[int], n_removed: int, **widths: int)
     return Target(layers, **(all_widths | widths))
 
 
+def require_reachable(shape: Shape, space: Space, budget: Budget) -> None:
+    """Raises BudgetTooSmall if no choice of layers at all can bring the space below the budget: before any is measured.
+
+    Of the most layers that may go those go which take most bytes, at the narrowest widths.
+    """
+    widths = Target(tuple(range(shape.n_layers)), space.d_model[0], space.d_ff[0], space.n_mamba_heads[0])
+
+    def without(layer: int) -> int:
+        return needed(
+            dataclasses.replace(widths, layers=tuple(i for i in widths.layers if i != layer)).of(shape), budget
+        ).total
+
+    by_bytes = sorted(widths.layers, key=without)
+    left = tuple(sorted(by_bytes[space.n_removed[-1] :]))
+    smallest = needed(dataclasses.replace(widths, layers=left).of(shape), budget).total if left else 0
+    if smallest > budget.n_bytes:
+        raise BudgetTooSmall(
+            f"the budget is {budget.n_bytes:,} bytes at {budget.context:,} tokens and batch {budget.batch}, and whichever "
+            f"{space.n_removed[-1]} layers go, at least {smallest:,} are needed: {len(left)} layers, d_model {widths.d_model}, "
+            f"d_ff {widths.d_ff}, {widths.n_mamba_heads} Mamba heads; raise the budget, shorten the context or widen the space"
+        )
+
+
 def candidates(shape: Shape, order: Sequence[int], space: Space, budget: Budget) -> list[Candidate]:
     """The maximal targets of the space that fit the budget, the largest number of parameters first.
 
@@ -133,12 +156,16 @@ def candidates(shape: Shape, order: Sequence[int], space: Space, budget: Budget)
     return sorted(maximal, key=lambda found: (-found.n_params, dataclasses.astuple(found.target)))
 
 
-def random_target(shape: Shape, target: Target, seed: int) -> Target:
-    """The target's widths, with other layers removed: as many of each kind, drawn evenly. It takes exactly as many bytes."""
+def random_target(shape: Shape, target: Target, seed: int, *, keep: str | None = None) -> Target:
+    """The target's widths, with other layers removed: as many of each kind, drawn evenly. It takes exactly as many bytes.
+
+    Layers of the kind `keep` stay as the target has them.
+    """
     draw, kept = rng(seed, "random layers"), []
     for kind in sorted(set(shape.layer_kinds)):
         of_kind = [layer for layer, found in enumerate(shape.layer_kinds) if found == kind]
-        kept += draw.sample(of_kind, sum(layer in target.layers for layer in of_kind))
+        left = [layer for layer in of_kind if layer in target.layers]
+        kept += left if kind == keep else draw.sample(of_kind, len(left))
     return dataclasses.replace(target, layers=tuple(sorted(kept)))
 
 

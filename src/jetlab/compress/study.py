@@ -1,39 +1,44 @@
-"""The whole recipe on one folder: order of removal, candidates that fit, a longer distillation, and random pruning beside it.
+"""The whole recipe on one folder: order of removal, candidates that fit, a longer distillation, and rivals drawn at random.
 
 As in arXiv:2508.14444, Sec 4, with four differences. Depth and width compete at once, where the report chose its depth first
 and its width at that depth; candidates of a width are cut from the original and not from a depth distilled before; all
-distillation is short; and the winner's rival, layers, neurons, channels and heads drawn at random at the same bytes, trained
-for as many steps on the same rows, is added here.
+distillation is short; and rivals of exactly the same bytes are added, trained for as many steps on the same rows:
+
+random     other layers than the winner's, as many of each kind, and other neurons, channels and heads
+attention  the winner's attention layers, all other layers drawn (random, attention kept)
+narrowed   the best candidate with a width below the original's, and beside it (narrowed random) the same layers with
+           neurons, channels and heads drawn
 """
 
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import NemotronHForCausalLM
+from transformers import AutoConfig, NemotronHForCausalLM
 
 from jetlab.compress.budget import Budget, Needed, bytes_per_token, needed
 from jetlab.compress.calibration import Calibration, calibration
 from jetlab.compress.distill import Lessons, distill
 from jetlab.compress.importance import Importance, Removal, logit_error, measure, remove_layers, single_removals
 from jetlab.compress.prune import apply
-from jetlab.compress.search import Space, candidates, random_importance, random_target, target_at
+from jetlab.compress.search import Space, candidates, random_importance, random_target, require_reachable, target_at
 from jetlab.compress.target import Target
 from jetlab.data.packing import Mixture
-from jetlab.evaluate.suite import Score, exam, paired_difference, standard_error
+from jetlab.evaluate.suite import Score, exam, standard_error
 from jetlab.models import nemotron, surgery
 from jetlab.models.zoo import Shape, n_params
-from jetlab.parallel import dealt, parallel_map
+from jetlab.parallel import workers
 from jetlab.seeding import derive
 from jetlab.tasks import SCORED, build_tasks
 
 DISTILLED = "-distilled"  # behind the name of a folder
+SCORE_STEPS = 12  # of distillation take about as long as a score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +76,7 @@ class CompressionRun:
     """The winner and the way to it.
 
     `single` is the one-layer map, `removed` the layers in the order of their removal. `depths`, at full width whether they fit
-    or not, and `candidates` were distilled for `rank_steps` and scored on split `select`, `winner` and each of `random` for
+    or not, and `candidates` were distilled for `rank_steps` and scored on split `select`, `winner` and each of `others` for
     `final_steps` and scored on `test`, as are the `stages` original, pruned (not distilled) and final of the winner.
     """
 
@@ -85,7 +90,7 @@ class CompressionRun:
     depths: list[Trial]
     candidates: list[Trial]
     winner: Trial
-    random: list[Trial]
+    others: list[Trial]
     stages: dict[str, dict[str, Score]]
 
     def save(self, folder: str | Path) -> None:
@@ -114,13 +119,13 @@ class CompressionRun:
         ]
 
     def trial_rows(self) -> list[dict]:
-        """A row a trial; `step` is depth, candidate, winner or random. Accuracies of the first two are on `select`."""
-        steps = {"depth": self.depths, "candidate": self.candidates, "winner": [self.winner], "random": self.random}
-        return [{"step": step, **trial.row()} for step, trials in steps.items() for trial in trials]
+        """A row a trial; `step` is its name without a number. Accuracies of depths and candidates are on `select`."""
+        trials = [*self.depths, *self.candidates, self.winner, *self.others]
+        return [{"step": trial.name.rstrip(" 0123456789"), **trial.row()} for trial in trials]
 
     def score_rows(self) -> list[dict]:
-        """A row for each stage, and each random pruning, and task: value on `test` with standard error over contexts."""
-        models = self.stages | {trial.name: trial.scores for trial in self.random}
+        """A row for each stage, and each of `others`, and task: value on `test` with standard error over contexts."""
+        models = self.stages | {trial.name: trial.scores for trial in self.others}
         return [
             {"model": name, "task": task, "value": score.value, "se": score.se, "n": len(score.correct)}
             for name, scores in models.items()
@@ -128,30 +133,36 @@ class CompressionRun:
         ]
 
     def difference_rows(self) -> list[dict]:
-        """Winner − random by task, paired by context, a row a seed and one, "mean", for the mean over seeds.
+        """What importance is worth, by task and as "mean" of the scored ones: {rival, task, value, se, n}.
 
-        `se` is over contexts; `se_seeds` that of the mean over seeds, None for one seed. Positive is better for accuracies,
-        negative for bits per character.
+        The winner less each of `random` and `attention kept`, and `narrowed` less each of `narrowed random`, averaged over
+        the n draws. `se` is that of the mean over draws, which holds the error over contexts too; None for one draw.
+        Positive is better for accuracies, negative for bits per character.
         """
-        rows = []
-        for task, score in self.winner.scores.items():
-            rivals = [trial.scores[task] for trial in self.random]
-            differences = [paired_difference(score, rival) for rival in rivals]
-            rows += [
-                {"task": task, "rival": trial.name, "value": value, "se": se, "n": n, "se_seeds": None}
-                for trial, (value, se, n) in zip(self.random, differences, strict=True)
-            ]
-            average = dataclasses.replace(score, correct=np.mean([rival.correct for rival in rivals], axis=0))
-            value, se, n = paired_difference(score, average)
-            values = np.array([value for value, _, _ in differences])
-            se_seeds = standard_error(values) if len(values) > 1 else None
-            rows.append({"task": task, "rival": "mean", "value": value, "se": se, "n": n, "se_seeds": se_seeds})
+        by_name, rows = {trial.name: trial for trial in self.others}, []
+        for rival, ours in (
+            ("random", self.winner),
+            ("attention kept", self.winner),
+            ("narrowed random", by_name.get("narrowed")),
+        ):
+            drawn = [t.scores for name, t in by_name.items() if name.rstrip(" 0123456789") == rival]
+            if not drawn:
+                continue
+            leads = {task: [score.value - d[task].value for d in drawn] for task, score in ours.scores.items()}
+            leads["mean"] = [mean_accuracy(ours.scores) - mean_accuracy(d) for d in drawn]
+            for task, values in leads.items():
+                se = standard_error(np.array(values)) if len(values) > 1 else None
+                rows.append({"rival": rival, "task": task, "value": float(np.mean(values)), "se": se, "n": len(values)})
         return rows
 
     def loss_rows(self) -> list[dict]:
         """A row a record of each distillation: model, step, loss [nats]."""
-        trials = [*self.depths, *self.candidates, self.winner, *self.random]
+        trials = [*self.depths, *self.candidates, self.winner, *self.others]
         return [{"model": trial.name, **record} for trial in trials for record in trial.history]
+
+
+def _narrowed(target: Target, shape: Shape) -> bool:
+    return (target.d_model, target.d_ff, target.n_mamba_heads) != (shape.d_model, shape.d_ff, shape.linear.n_heads)
 
 
 def mean_accuracy(scores: dict[str, Score]) -> float:
@@ -168,78 +179,68 @@ def compress(study, folder: str | Path, budget: Budget) -> CompressionRun:
     """Prune and distil the NemotronH in `folder` to a budget, by `study.compression`, `study.common` and `study.tasks`.
 
     Candidates of all depths in `n_removed` and of all widths compete: of those that fit, the `n_candidates` whose logits are
-    closest as they are cut are distilled for `rank_steps`, and the most accurate on split `select` is the winner. Ranking runs
-    in this process, where all share the original's logits; the winner, random pruning and the scores on `test` in `n_workers`
-    of their own. Raises BudgetTooSmall, before anything is trained, if nothing fits; ValueError for tasks among which none
-    is scored. Of equal accuracies the candidate that was closer before distillation is taken.
+    closest as they are cut are distilled for `rank_steps`, and the most accurate on split `select` is the winner. All that
+    trains runs in `n_workers` processes. Raises BudgetTooSmall, before anything is measured if no choice of layers could fit,
+    and before anything is trained otherwise; ValueError for tasks among which none is scored. Of equal accuracies the
+    candidate that was closer before distillation is taken.
     """
     section = study.compression
     if not set(section.rows) & set(SCORED):
         raise ValueError(
             f"candidates are chosen by {', '.join(SCORED)}, got rows of {', '.join(section.rows)}; add one of them"
         )
-    original, tokenizer = surgery.load(folder, device=study.common.device)
-    shape = nemotron.shape_of(original.config, Path(folder).name)
-    mixture = _mixture(study, tokenizer)
-    data = calibration(mixture, section.n_calibration)
-    single = single_removals(original, data)
-    removed = remove_layers(original, data, max(*section.n_removed, *section.depths, 0), first=single)
-    order = [removal.layer for removal in removed]
-    space = Space(
-        *(tuple(values) for values in (section.n_removed, section.d_model, section.d_ff, section.n_mamba_heads))
-    )
-    fitting = [candidate.target for candidate in candidates(shape, order, space, budget)]
+    widths = (section.n_removed, section.d_model, section.d_ff, section.n_mamba_heads)
+    space = Space(*map(tuple, widths))
+    shape = nemotron.shape_of(AutoConfig.from_pretrained(folder), Path(folder).name)
+    require_reachable(shape, space, budget)
+    processes = workers(section.n_workers, n_threads=study.common.n_threads, module=__name__)
+    with tempfile.TemporaryDirectory() as scratch, processes as run:
+        original, tokenizer = surgery.load(folder, device=study.common.device)
+        data = calibration(_mixture(study, tokenizer), section.n_calibration)
+        single = single_removals(original, data)
+        removed = remove_layers(original, data, max(*section.n_removed, *section.depths, 0), first=single)
+        order = [removal.layer for removal in removed]
+        fitting = [c.target for c in candidates(shape, order, space, budget)]
 
-    ranking = _Ranking(study, original, tokenizer, mixture, data, budget)
-    depths = ranking.rank({f"depth {shape.n_layers - n}": target_at(shape, order, n) for n in section.depths})
-    closest = sorted(fitting, key=ranking.error)[: section.n_candidates]
-    ranked = ranking.rank({f"candidate {i}": target for i, target in enumerate(closest, 1)})
-    winner, rivals, stages, model = _finals(study, folder, ranking, max(ranked, key=_by_accuracy))
+        trials = _Trials(study, str(folder), original, data, budget, run, scratch)
+        closest = sorted(fitting, key=lambda target: trials.error(target, trials.importance(target)))
+        wanted = {f"depth {shape.n_layers - n}": target_at(shape, order, n) for n in section.depths}
+        wanted |= {f"candidate {i}": target for i, target in enumerate(closest[: section.n_candidates], 1)}
+        chosen = {name: (target, trials.importance(target)) for name, target in wanted.items()}
+        ranked, _ = trials.distilled(chosen, section.rank_steps, "select")
+        competing = [trial for trial in ranked if trial.name.startswith("candidate")]
+        best = max(competing, key=lambda trial: mean_accuracy(trial.scores)).target
+
+        finals = {"winner": (best, trials.importance(best))}
+        narrow = [trial for trial in competing if _narrowed(trial.target, shape)]
+        if narrow:
+            target = max(narrow, key=lambda trial: mean_accuracy(trial.scores)).target
+            finals["narrowed"] = (target, trials.importance(target))
+        for i in range(section.n_random):
+            drawn = derive(study.common.seed, "random pruning", Path(folder).name, i)
+            finals[f"random {i}"] = (random_target(shape, best, drawn), random_importance(shape, drawn))
+        for i in range(section.n_controls):
+            drawn = derive(study.common.seed, "controlled pruning", Path(folder).name, i)
+            kept = random_target(shape, best, drawn, keep="attention")
+            finals[f"attention kept {i}"] = (kept, random_importance(shape, drawn))
+            if narrow:
+                finals[f"narrowed random {i}"] = (target, random_importance(shape, drawn))
+        (winner, *others), stages = trials.distilled(finals, section.final_steps, "test", stages_of="winner")
+        model = NemotronHForCausalLM.from_pretrained(f"{scratch}/winner{DISTILLED}", dtype=torch.float32)
     return CompressionRun(
-        model=model,
+        model=model.to(study.common.device).eval(),
         tokenizer=tokenizer,
         shape=shape,
         budget=budget,
         whole=needed(shape, budget),
         single=single,
         removed=removed,
-        depths=depths,
-        candidates=ranked,
+        depths=[trial for trial in ranked if trial not in competing],
+        candidates=competing,
         winner=winner,
-        random=rivals,
-        stages=stages,
+        others=others,
+        stages=stages | {"final": winner.scores},
     )
-
-
-def _finals(
-    study, folder: str | Path, ranking: "_Ranking", best: Trial
-) -> tuple[Trial, list[Trial], dict[str, dict[str, Score]], NemotronHForCausalLM]:
-    """The best trial cut anew and random pruning of its bytes, each distilled for `final_steps`; scores on `test`.
-
-    -> (winner, random, stages, the winner's model). Models go to and from the processes as folders.
-    """
-    section, seed, original = study.compression, study.common.seed, ranking.original
-    cut = {"winner": (best.target, ranking.importance(best.target))}
-    for i in range(section.n_random):
-        drawn = derive(seed, "random pruning", i)
-        target = random_target(ranking.shape, best.target, drawn)
-        cut[f"random {i}"] = (target, random_importance(ranking.shape, drawn))
-    with tempfile.TemporaryDirectory() as scratch:
-        errors, jobs = {}, []
-        for name, (target, scores) in cut.items():
-            pruned = apply(original, target, scores)
-            errors[name] = logit_error(original, pruned, ranking.data)
-            jobs.append(_Job(name, f"{scratch}/{name}", section.final_steps))
-            pruned.save_pretrained(jobs[-1].folder)
-        jobs += [_Job("original", str(folder), 0), _Job("pruned", f"{scratch}/winner", 0)]
-        hands = dealt(jobs, section.n_workers)
-        finish = partial(_finish, study=study, folder=str(folder))
-        found = parallel_map(finish, hands, n_workers=section.n_workers, n_threads=study.common.n_threads)
-        done = dict(chain.from_iterable(found))  # name -> (history, scores)
-        model = NemotronHForCausalLM.from_pretrained(f"{scratch}/winner{DISTILLED}", dtype=torch.float32)
-    trials = [ranking.trial(name, target, errors[name], *done[name]) for name, (target, _) in cut.items()]
-    stages = {name: done[name][1] for name in ("original", "pruned")} | {"final": done["winner"][1]}
-    return trials[0], trials[1:], stages, model.to(study.common.device).eval()
 
 
 def _mixture(study, tokenizer) -> Mixture:
@@ -247,52 +248,47 @@ def _mixture(study, tokenizer) -> Mixture:
     return Mixture(tasks, rows, tokenizer, study.tasks.seq_len, derive(study.common.seed, "compression"))
 
 
-def _by_accuracy(trial: Trial) -> float:
-    return mean_accuracy(trial.scores)
+class _Trials:
+    """Cuts targets out of the original, and has them distilled and scored by `run`, to which models go as folders."""
 
-
-class _Ranking:
-    """Trials of `rank_steps` each, whose students share the original's logits."""
-
-    def __init__(
-        self, study, original: NemotronHForCausalLM, tokenizer, mixture: Mixture, data: Calibration, budget: Budget
-    ):
-        self.section, self.original, self.data, self.budget = study.compression, original, data, budget
-        self.shape = nemotron.shape_of(original.config)
-        self.lessons = Lessons(original, mixture)
-        self.exam = exam(study.tasks, tokenizer, "select", study.common.seed, list(self.section.rows))
+    def __init__(self, study, folder: str, original, data: Calibration, budget: Budget, run: Callable, scratch: str):
+        self.study, self.folder, self.original, self.data, self.budget = study, folder, original, data, budget
+        self.shape, self.run, self.scratch = nemotron.shape_of(original.config), run, scratch
         self._importance: dict[tuple[int, ...], Importance] = {}
-        self._errors: dict[Target, float] = {}
 
     def importance(self, target: Target) -> Importance:
         """Of neurons, channels and heads once the target's layers alone are left."""
         if target.layers not in self._importance:
-            how = self.section.aggregate
+            how = self.study.compression.aggregate
             self._importance[target.layers] = measure(self.original, self.data, how=how, layers=target.layers)
         return self._importance[target.layers]
 
-    def cut(self, target: Target) -> NemotronHForCausalLM:
-        return apply(self.original, target, self.importance(target))
-
-    def error(self, target: Target) -> float:
+    def error(self, target: Target, importance: Importance) -> float:
         """Of the logits, as the target is cut."""
-        if target not in self._errors:
-            self._errors[target] = logit_error(self.original, self.cut(target), self.data)
-        return self._errors[target]
+        return logit_error(self.original, apply(self.original, target, importance), self.data)
 
-    def trial(self, name: str, target: Target, error: float, history: list[dict], scores: dict[str, Score]) -> Trial:
+    def distilled(
+        self, chosen: dict[str, tuple[Target, Importance]], n_steps: int, split: str, *, stages_of: str | None = None
+    ) -> tuple[list[Trial], dict[str, dict[str, Score]]]:
+        """A trial of each, and where `stages_of` names one, the scores of the original and of that one before distillation."""
+        jobs = []
+        for name, (target, importance) in chosen.items():
+            jobs.append(_Job(name, f"{self.scratch}/{name}", n_steps))
+            apply(self.original, target, importance).save_pretrained(jobs[-1].folder)
+        if stages_of is not None:
+            jobs += [_Job("original", self.folder, 0), _Job("pruned", f"{self.scratch}/{stages_of}", 0)]
+        work = partial(_finish, study=self.study, folder=self.folder, split=split)
+        found = self.run(work, _hands(jobs, self.study.compression.n_workers))
+        done = dict(chain.from_iterable(found))  # name -> (history, scores)
+        trials = [self._trial(name, *chosen[name], *done[name]) for name in chosen]
+        return trials, {name: scores for name, (_, scores) in done.items() if name not in chosen}
+
+    def _trial(self, name: str, target: Target, importance: Importance, history: list[dict], scores) -> Trial:
         pruned = target.of(self.shape)
         of_budget, traffic = needed(pruned, self.budget), bytes_per_token(pruned, self.budget)
-        return Trial(name, target, n_params(pruned), of_budget, traffic, error, history, scores)
-
-    def rank(self, targets: dict[str, Target]) -> list[Trial]:
-        trials = []
-        for name, target in targets.items():
-            student = self.cut(target)
-            (history,) = _teach(self.section, self.lessons, student, self.section.rank_steps, name)
-            scores = self.exam.score(student, label=name)
-            trials.append(self.trial(name, target, self.error(target), history, scores))
-        return trials
+        return Trial(
+            name, target, n_params(pruned), of_budget, traffic, self.error(target, importance), history, scores
+        )
 
 
 def _teach(section, lessons: Lessons, student: NemotronHForCausalLM, n_steps: int, label: str) -> list[list[dict]]:
@@ -309,15 +305,25 @@ class _Job:
     n_steps: int
 
 
-def _finish(hand: Sequence[_Job], *, study, folder: str) -> list[tuple[str, tuple[list[dict], dict[str, Score]]]]:
-    """The jobs of one process, sharing the original's logits -> (name, (history, scores on `test`)) of each.
+def _hands(jobs: Sequence[_Job], n: int) -> list[list[_Job]]:
+    """The jobs of `n` processes, about equally long: the longest first, each to who has least."""
+    hands: list[list[_Job]] = [[] for _ in range(min(n, len(jobs)))]
+    for job in sorted(jobs, key=lambda job: -job.n_steps):
+        min(hands, key=lambda hand: sum(other.n_steps + SCORE_STEPS for other in hand)).append(job)
+    return hands
+
+
+def _finish(
+    hand: Sequence[_Job], *, study, folder: str, split: str
+) -> list[tuple[str, tuple[list[dict], dict[str, Score]]]]:
+    """The jobs of one process, sharing the original's logits -> (name, (history, scores on `split`)) of each.
 
     What was distilled is written beside the job's folder.
     """
     section, device = study.compression, study.common.device
     original, tokenizer = surgery.load(folder, device=device)
     lessons = Lessons(original, _mixture(study, tokenizer))
-    paper = exam(study.tasks, tokenizer, "test", study.common.seed, list(section.rows))
+    paper = exam(study.tasks, tokenizer, split, study.common.seed, list(section.rows))
     done = []
     for job in hand:
         model = NemotronHForCausalLM.from_pretrained(job.folder, dtype=torch.float32).to(device).eval()

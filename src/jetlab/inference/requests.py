@@ -12,11 +12,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from jetlab.inference.roofline import DEVICES
+from jetlab.inference import roofline
+from jetlab.inference.roofline import DEVICES, Device
 from jetlab.inference.speeds import find, floor_tokens_per_s, same_cap
+from jetlab.models.zoo import Shape
 
 K = 1024
 CARD_GB = round(DEVICES["A10G"].memory / 1e9, 2)  # the report's card, as a cap in the record
+USABLE_GB = CARD_GB - 1.0  # of it, once driver and kernels have theirs (`sweep.OVERHEAD_GB`): 4 %, the report takes 5
 SETTINGS = ((8 * K, 16 * K), (1 * K, 8 * K))  # prompt and answer, tokens
 
 
@@ -62,22 +65,31 @@ def request(
     if reading is None or None in steps:
         return None
 
-    def simpson(seconds) -> float:
-        return n_answer * math.fsum(weight * s for weight, s in zip((1, 4, 1), seconds, strict=True)) / 6
-
     step_s = [batch / row["tokens_per_s"] for row in steps]
-    prefill_s, decode_s = batch * n_prompt / reading["tokens_per_s"], simpson(step_s)
-    floor_s = batch * n_prompt / floor_tokens_per_s(reading) + simpson(batch / floor_tokens_per_s(row) for row in steps)
+    prefill_s, decode_s = batch * n_prompt / reading["tokens_per_s"], _simpson(step_s, n_answer)
+    floor = batch * n_prompt / floor_tokens_per_s(reading)
+    floor += _simpson((batch / floor_tokens_per_s(row) for row in steps), n_answer)
     errors = [_relative_error(row) for row in steps]
     shares = [n_answer * weight * s / 6 * error for weight, s, error in zip((1, 4, 1), step_s, errors, strict=True)]
     spread = math.hypot(*shares, prefill_s * _relative_error(reading))
-    return Request(batch, prefill_s, decode_s, floor_s, n_answer, spread / (prefill_s + decode_s))
+    return Request(batch, prefill_s, decode_s, floor, n_answer, spread / (prefill_s + decode_s))
+
+
+def floor_s(shape: Shape, device: Device, n_prompt: int, n_answer: int, *, batch: int) -> tuple[float, float]:
+    """Least seconds in which a device reads the prompts of a batch, and in which it writes their answers."""
+    reading = batch * roofline.prefill_flops(shape, n_prompt) / device.flops
+    steps = (roofline.decode_floor_s(shape, n, batch, device) for n in contexts(n_prompt, n_answer))
+    return reading, _simpson(steps, n_answer)
 
 
 def ratio(over: Request, under: Request) -> tuple[float, float]:
     """Answer tokens a second of one request over those of another, and its standard error within one run."""
     value = over.tokens_per_s / under.tokens_per_s
     return value, value * math.hypot(over.relative_error, under.relative_error)
+
+
+def _simpson(seconds: Iterable[float], n_steps: int) -> float:
+    return n_steps * math.fsum(weight * s for weight, s in zip((1, 4, 1), seconds, strict=True)) / 6
 
 
 def _relative_error(row: Mapping) -> float:

@@ -183,8 +183,8 @@ def largest(model: PreTrainedModel, point: Point) -> int:
     """The largest batch that a decoding step runs at within `cap_gb`: the memory model's, then tried."""
     point = replace(point, context=point.up_to or point.context)
     length, state = point.context + ROOM, torch.bfloat16 if point.state == "bfloat16" else None
-    row, fixed = (memory.engine_bytes(model, batch, length, n, state) for batch, n in ((1, 0), (0, point.chunk)))
-    estimate = int((memory.available_bytes(model.device) - fixed) / row)
+    fixed, one = (memory.engine_bytes(model, batch, length, point.chunk, state) for batch in (0, 1))
+    estimate = int((memory.available_bytes(model.device) - fixed) / (one - fixed))
     return memory.largest_batch(fits(model, point), estimate)
 
 

@@ -20,12 +20,22 @@ def layer_string(kinds: Sequence[str]) -> str:
     return "".join(letters[kind] for kind in kinds)
 
 
+def _refuse_tied(tied: bool) -> None:
+    if tied:
+        raise ValueError(
+            "a NemotronH of Transformers never ties its embeddings, got tie_word_embeddings=True; set it to False, or its "
+            "parameters would be counted too low"
+        )
+
+
 def config_of(shape: Shape, *, norm_eps: float = 1e-5, **keys) -> NemotronHConfig:
     """The configuration of a shape; `keys` are further ones of Transformers (tokens, positions, chunk_size).
 
-    Raises ValueError for Mamba heads that do not fill the groups, and for an attention that its key-value heads do not divide.
+    Raises ValueError for Mamba heads that do not fill the groups, for an attention that its key-value heads do not divide, and
+    for tied embeddings.
     """
     dims = shape.linear
+    _refuse_tied(shape.tied)
     require_groups(dims.n_heads, dims.n_groups)
     if shape.n_heads % shape.n_kv_heads:
         raise ValueError(
@@ -40,7 +50,7 @@ def config_of(shape: Shape, *, norm_eps: float = 1e-5, **keys) -> NemotronHConfi
         num_key_value_heads=shape.n_kv_heads,
         head_dim=shape.head_dim,
         intermediate_size=shape.d_ff,
-        tie_word_embeddings=shape.tied,
+        tie_word_embeddings=False,
         mamba_num_heads=dims.n_heads,
         mamba_head_dim=dims.head_dim_v,
         ssm_state_size=dims.head_dim,
@@ -60,6 +70,7 @@ def shape_of(config: PreTrainedConfig, name: str = "NemotronH") -> Shape:
         raise ValueError(
             f"layers must be of {', '.join(kinds)}, got {', '.join(unknown)}; Nemotron Nano 2 has no others"
         )
+    _refuse_tied(config.tie_word_embeddings)
     biases = [
         key for key in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias") if getattr(config, key, False)
     ]
@@ -77,7 +88,7 @@ def shape_of(config: PreTrainedConfig, name: str = "NemotronH") -> Shape:
         head_dim=config.head_dim,
         d_ff=config.intermediate_size,
         vocab_size=config.vocab_size,
-        tied=config.tie_word_embeddings,
+        tied=False,
         layer_kinds=tuple(kinds[kind] for kind in config.layers_block_type),
         linear=LinearDims(
             n_heads=config.mamba_num_heads,
