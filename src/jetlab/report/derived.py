@@ -7,7 +7,7 @@ Each function takes the study and returns an Estimate, or None where the study h
 import functools
 import math
 
-from jetlab.inference import benchmark, roofline
+from jetlab.inference import benchmark, requests, roofline
 from jetlab.models import zoo
 from jetlab.report.study import SCORED_TASKS, Estimate, Study, mean
 
@@ -47,10 +47,7 @@ def _generation_s(model: str, prompt: int, answer: int) -> float:
     """Least seconds per sequence on an A10G for `prompt` tokens in and `answer` tokens out, at the largest batch."""
     shape, device = _shape(model), roofline.DEVICES["A10G"]
     batch = roofline.largest_batch(shape, prompt + answer, device)
-    steps = 16  # the floor is linear in the context: the mean over a few contexts is exact enough
-    contexts = [prompt + round(answer * (i + 0.5) / steps) for i in range(steps)]
-    step = sum(roofline.decode_floor_s(shape, n, batch, device) for n in contexts) / steps
-    return roofline.prefill_flops(shape, prompt) / device.flops + answer * step / batch
+    return sum(requests.floor_s(shape, device, prompt, answer, batch=batch)) / batch
 
 
 def request_floor(prompt: int, answer: int) -> float:
@@ -375,28 +372,6 @@ def nano2_final_over_original(study: Study) -> Estimate | None:
 @_derived
 def nano2_final_over_pruned(study: Study) -> Estimate | None:
     return _mean_difference(study, "nano2", "final", "pruned")
-
-
-@_derived
-def nano2_final_over_random(study: Study) -> Estimate | None:
-    """Mean over the scored tasks of the distilled winner minus the mean of its random rivals, paired by test context."""
-    paired = [e for t in SCORED_TASKS if (e := study.get("nano2", f"{t}_final_minus_mean"))]
-    return mean(paired) if paired else None
-
-
-@_derived
-def nano2_record_winner_over_random(study: Study) -> Estimate | None:
-    """Winner minus the mean of its random rivals in the record, whose n and error count draws; mean over its models.
-
-    None where a model has fewer than two draws: without their spread any lead would decide.
-    """
-    leads = []
-    while winner := study.get("nano2", f"record_m{len(leads)}_winner"):
-        rivals = study.get("nano2", f"record_m{len(leads)}_random")
-        if rivals is None or rivals.se is None:
-            return None
-        leads.append(Estimate(winner.value - rivals.value, rivals.se, rivals.n))
-    return mean(leads) if leads else None
 
 
 @_derived

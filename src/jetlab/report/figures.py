@@ -263,8 +263,8 @@ def nano2_layers(study: Study):
 
 
 def nano2(study: Study):
-    """The small NemotronH before pruning, after it and after distillation, and its random rivals."""
-    series = {"original": "original", "pruned": "pruned", "pruned, distilled": "final"}
+    """The small NemotronH before pruning, after it and after distillation, and what rivals it at equal bytes."""
+    series = {"original": "original", "pruned": "pruned", "pruned, distilled": "final", "narrowed": "narrowed"}
     return _grouped(study, "nano2", series | {f"random {i}": f"random_{i}" for i in range(study.n_draws)})
 
 

@@ -35,7 +35,7 @@ def pruned(study: Study) -> str:
     given_up = ", ".join(f"{gone[kind]} {name}" for kind, name in KINDS.items() if gone[kind]) or "none"
     return (
         f"The winner keeps {winner['n_layers']} of {len(layers)} layers (given up: {given_up}) and goes from "
-        f"{number(n_bytes['NemotronH'])} to {number(n_bytes['NemotronH, pruned'])} bytes; the hybrid takes "
+        f"{number(n_bytes['original'])} to {number(n_bytes['pruned'])} bytes; the hybrid takes "
         f"{number(n_bytes['hybrid'])}. Taken out alone, layer {needed_most['layer']} "
         f"({KINDS[needed_most['kind']]}, counted from 0) changes the logits most."
     )
@@ -58,9 +58,21 @@ def trials(study: Study) -> Table:
 
 
 def scores(study: Study) -> Table:
-    columns = {"original": "original", "pruned": "pruned", "pruned, distilled": "final"}
+    columns = {"original": "original", "pruned": "pruned", "pruned, distilled": "final", "narrowed": "narrowed"}
     columns |= {f"random {i}, distilled": f"random_{i}" for i in range(study.n_draws)}
-    return by_task(study, "nano2", columns | {"distilled − mean of random": "final_minus_mean"})
+    return by_task(study, "nano2", columns)
+
+
+def leads(study: Study) -> Table:
+    """What importance is worth: mean accuracy over that of each kind of rival, in the record of two models."""
+    rivals = {
+        "other layers drawn": "random",
+        "other layers drawn, but for attention": "attention_kept",
+        "other neurons, channels and heads drawn": "narrowed_random",
+    }
+    found = {name: study.get("nano2", f"record_over_{key}") for name, key in rivals.items()}
+    rows = [(name, with_error(lead), number(getattr(lead, "n", None))) for name, lead in found.items()]
+    return table(("over models with", "lead ± se over draws", "draws"), rows)
 
 
 def two_roads(study: Study) -> Table:
@@ -131,16 +143,18 @@ def section(study: Study, figure) -> tuple[str, list[Block]]:
         *figure("nano2_layers", "Error of the logits without one layer; numbers give the order in which layers went."),
         Paragraph(
             "The trials. Candidates fit the budget; each is distilled for a few steps and scored on split `select`. The "
-            "winner, and as many layers, neurons, channels and heads drawn at random, are distilled longer on the same "
-            "rows and scored on split `test`, so only these compare with each other:"
+            "winner, the best candidate that gives up width, and as many layers drawn at random are distilled longer on the "
+            "same rows and scored on split `test`, so only these compare with each other:"
         ),
         trials(study),
-        Paragraph(
-            "Accuracy on split `test`. Errors are those of the test contexts; that of the draw is in the record of "
-            "several draws, which has its own row below."
-        ),
+        Paragraph("Accuracy on split `test`. Errors are those of the test contexts:"),
         *figure("nano2", "Accuracy before pruning, after it and after distillation, with standard errors."),
         scores(study),
+        Paragraph(
+            "One draw proves nothing. In the record of both models, with five draws of each kind, what is distilled as long "
+            "on the same bytes:"
+        ),
+        leads(study),
         Paragraph(
             "Both roads on one measuring stick, one sequence at the context of the budget. Tasks, contexts and scorer are the "
             "same; models, pretraining and steps of distillation are not:"
