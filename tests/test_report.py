@@ -153,7 +153,9 @@ def write_nano2(folder):
     numbers = {f"{t}_{m}": v for t in SCORED_TASKS for m, v in models.items()}
     numbers |= {f"record_request_{r}_{memory}": v for r, v in requests.items() for memory in ("card", "all")}
     numbers |= {f"record_request_{r}_card_{m}_fraction_of_floor": 0.7 for r in requests for m in ("nano", "qwen")}
-    numbers |= {"record_over_random": 0.3, "record_over_attention_kept": 0.01, "record_over_narrowed_random": -0.1}
+    leads = {"random": 0.3, "attention_kept": 0.01, "narrowed_random": -0.1}
+    numbers |= {f"record_short_over_{rival}": lead for rival, lead in leads.items()}
+    numbers |= {f"record_over_{rival}": lead / 2 for rival, lead in leads.items()}
     write_estimates(folder / "estimates.csv", numbers)
     facts = {"record_fits_9b_decode_128k": 1.0, "record_fits_12b_decode_128k": 0.0}
     with (folder / "estimates.csv").open("a") as file:
@@ -339,7 +341,9 @@ def test_what_importance_is_worth_is_judged_by_each_kind_of_rival(tree):
     assert judged(tree, "nano2-importance").verdict == AGREES
     assert judged(tree, "nano2-importance-attention-kept").verdict == CANNOT_TELL  # one error above nothing
     assert judged(tree, "nano2-importance-widths").verdict == DISAGREES
+    assert judged(tree, "nano2-importance-longer").ours.value == pytest.approx(0.15)
     leads = nano2.leads(report.load(tree)).rows
+    assert leads[0][2] == "0.150 ± 0.010"
     assert [row[1] for row in leads] == ["0.300 ± 0.010", "0.010 ± 0.010", "-0.100 ± 0.010"]
 
 

@@ -70,9 +70,12 @@ def leads(study: Study) -> Table:
         "other layers drawn, but for attention": "attention_kept",
         "other neurons, channels and heads drawn": "narrowed_random",
     }
-    found = {name: study.get("nano2", f"record_over_{key}") for name, key in rivals.items()}
-    rows = [(name, with_error(lead), number(getattr(lead, "n", None))) for name, lead in found.items()]
-    return table(("over models with", "lead ± se over draws", "draws"), rows)
+    rows = []
+    for name, key in rivals.items():
+        found = [study.get("nano2", f"{record}_over_{key}") for record in ("record_short", "record")]
+        rows.append((name, *map(with_error, found), number(getattr(found[0], "n", None))))
+    header = ("over models with", "lead ± se over draws, as few steps as here", "four times as many", "draws")
+    return table(header, rows)
 
 
 def two_roads(study: Study) -> Table:
@@ -151,8 +154,8 @@ def section(study: Study, figure) -> tuple[str, list[Block]]:
         *figure("nano2", "Accuracy before pruning, after it and after distillation, with standard errors."),
         scores(study),
         Paragraph(
-            "One draw proves nothing. In the record of both models, with five draws of each kind, what is distilled as long "
-            "on the same bytes:"
+            "One draw proves nothing. In the records of both models, with five draws of each kind, distilled as long, of the "
+            "same bytes:"
         ),
         leads(study),
         Paragraph(
