@@ -3,6 +3,7 @@
 import re
 import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from jetlab.paths import ROOT
 
 FILES = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CPU_SECONDS = 20  # of kernel and runner together: what a reader waits on one idle core
-# Of 11 to 14 seconds on an idle core; where two workers share one they were seen at 21.3, 20.7 and 20.3.
-SLOWER = {"05_jetblock": 30, "08_evaluate": 30, "09_throughput": 25}
+SLOWER = {"05_jetblock": 30, "08_evaluate": 30}  # 11 to 14 on an idle core; 21.3 and 20.7 where two workers shared one
+# The seconds hold where this takes REFERENCE_SECONDS of CPU; on a core whose host was busy it was seen to take 7.5.
+REFERENCE = "import torch, pandas, matplotlib.figure, transformers.models.qwen2.modeling_qwen2"
+REFERENCE_SECONDS = 4.5
 each_notebook = pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 
 
@@ -28,13 +31,28 @@ def test_there_are_notebooks():
     assert FILES
 
 
+def cpu_seconds(action) -> float:
+    """CPU seconds of the processes that `action` starts and waits for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    action()
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
+
+
+def slowness() -> float:
+    """How much longer than where the bounds hold this machine takes now; at least 1."""
+    return max(
+        1.0, cpu_seconds(lambda: subprocess.run([sys.executable, "-c", REFERENCE], check=True)) / REFERENCE_SECONDS
+    )
+
+
 @each_notebook
 def test_runs_at_smoke_size_and_touches_nothing_tracked(file, tmp_path):
-    before, used = tracked(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    run.run(file, tmp_path / "out")
-    after, now = tracked(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after == before
-    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime <= SLOWER.get(file.stem, CPU_SECONDS)
+    before = tracked()
+    seconds = cpu_seconds(lambda: run.run(file, tmp_path / "out"))
+    assert tracked() == before
+    bound = SLOWER.get(file.stem, CPU_SECONDS)
+    assert seconds <= bound or seconds <= bound * slowness()
     executed = notebooks.read(tmp_path / "out" / "notebook.ipynb")
     kinds = {kind for cell in executed.cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
     assert kinds & {"image/png", "image/svg+xml"}, "a notebook shows at least one figure"
