@@ -4,10 +4,10 @@ As in arXiv:2508.14444, Sec 4, with four differences. Depth and width compete at
 and its width at that depth; candidates of a width are cut from the original and not from a depth distilled before; all
 distillation is short; and rivals of exactly the same bytes are added, trained for as many steps on the same rows:
 
-random     other layers than the winner's, as many of each kind, and other neurons, channels and heads
-attention  the winner's attention layers, all other layers drawn (random, attention kept)
-narrowed   the best candidate with a width below the original's, and beside it (narrowed random) the same layers with
-           neurons, channels and heads drawn
+random           as many layers of each kind as the winner has, drawn evenly, and so are neurons, channels and heads
+attention kept   the same, but with the winner's own attention layers
+narrowed random  the layers of `narrowed`, the best candidate with a width below the original's, with neurons, channels and
+                 heads drawn
 """
 
 import dataclasses
