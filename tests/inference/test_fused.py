@@ -119,7 +119,8 @@ def test_logits_in_bf16_are_as_near_the_exact_ones_as_those_of_transformers(name
     engine = Engine(model, batch_size=1, max_len=24)
     engine.prefill([PROMPTS[0][:-1]])
     ours = engine.step(ids[0, -1:])[0]
-    assert (ours.double() - truth).norm() < 1.5 * (theirs.double() - truth).norm()  # both round, not alike
+    # Both round, not alike: 1.505 times on an H100 (qwen2), where a wrong operation is off by tens of times.
+    assert (ours.double() - truth).norm() < 2 * (theirs.double() - truth).norm()
 
 
 @pytest.mark.parametrize("name", MODELS)
