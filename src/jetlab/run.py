@@ -46,6 +46,7 @@ X86_ENVIRONMENT = {
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # from common.n_threads, 1 where it is not given
 # Errors whose message is written for the user, so that the traceback is left out: jetlab's own, and bad input.
 PLAIN_ERRORS = {"ValueError", "ValidationError", "FileNotFoundError", "OSError"} | {
+    "BudgetTooSmall",
     "ConfigError",
     "DamagedFile",
     "MissingInput",
