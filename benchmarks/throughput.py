@@ -79,7 +79,7 @@ def points(part: str) -> list[Point]:
         return [*rows, Point("Jet-Nemotron-4B", "prefill", 64 * K, batch=1, chunk=CHUNK, repeats=3)]
     if part == "nano2":
         budget = nano2_budget()
-        card, room = requests.CARD_GB, round(budget.n_bytes / 1e9 + sweep.OVERHEAD_GB, 2)
+        card, room = requests.CARD_GB, round(budget.n_bytes / 1e9 + requests.OVERHEAD_GB, 2)
         rows = [Point(m, phase, budget.context - sweep.ROOM, 1, cap_gb=room, chunk=K, repeats=2)
                 for m in (NANO_12B, NANO_9B) for phase in ("prefill", "decode")]  # fmt: skip
         for prompt, answer in requests.SETTINGS:

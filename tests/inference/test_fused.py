@@ -113,14 +113,16 @@ def test_a_step_rotates_once_a_layer_with_its_norms_and_gates_once(monkeypatch):
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama"])
 def test_logits_in_bf16_are_as_near_the_exact_ones_as_those_of_transformers(name):
     exact, model = made(name, torch.float64), made(name, torch.bfloat16)
-    ids = torch.tensor([PROMPTS[0]], device=DEVICE)
-    with torch.no_grad():
-        truth, theirs = exact(ids).logits[0, -1], model(ids).logits[0, -1]
-    engine = Engine(model, batch_size=1, max_len=24)
-    engine.prefill([PROMPTS[0][:-1]])
-    ours = engine.step(ids[0, -1:])[0]
-    # Both round, not alike: 1.505 times as far on an H100 (qwen2).
-    assert (ours.double() - truth).norm() < 2 * (theirs.double() - truth).norm()
+    engine, errors = Engine(model, batch_size=1, max_len=24), []
+    for last in range(16):  # both round, not alike: the errors of a single token say little
+        ids = torch.tensor([[*PROMPTS[0][:-1], last + 1]], device=DEVICE)
+        with torch.no_grad():
+            truth, theirs = exact(ids).logits[0, -1], model(ids).logits[0, -1]
+        engine.prefill([PROMPTS[0][:-1]])
+        ours = engine.step(ids[0, -1:])[0]
+        errors.append([(x.double() - truth).square().sum() for x in (ours, theirs)])
+    ours, theirs = torch.tensor(errors).sum(0).sqrt()
+    assert ours < 1.5 * theirs
 
 
 @pytest.mark.parametrize("name", MODELS)

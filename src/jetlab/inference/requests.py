@@ -19,7 +19,8 @@ from jetlab.models.zoo import Shape
 
 K = 1024
 CARD_GB = round(DEVICES["A10G"].memory / 1e9, 2)  # the report's card, as a cap in the record
-USABLE_GB = CARD_GB - 1.0  # of it, once driver and kernels have theirs (`sweep.OVERHEAD_GB`): 4 %, the report takes 5
+OVERHEAD_GB = 1.0  # of a card's memory that driver and kernels take: 4 % of this one, of which the report takes off 5
+USABLE_GB = CARD_GB - OVERHEAD_GB
 SETTINGS = ((8 * K, 16 * K), (1 * K, 8 * K))  # prompt and answer, tokens
 
 

@@ -22,6 +22,7 @@ from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
 from jetlab.hf import JetNemotronCache
 from jetlab.inference import memory, roofline
 from jetlab.inference.engine import Engine
+from jetlab.inference.requests import OVERHEAD_GB
 from jetlab.models import zoo
 
 COLUMNS = (
@@ -29,7 +30,6 @@ COLUMNS = (
     "peak_gb cap_gb joules_per_token exact_error error own_error status"
 ).split()
 N_STEPS = 16  # decoded tokens of a row in one timing
-OVERHEAD_GB = 1.0  # of a card's memory that driver and kernels take
 ROOM = 64  # tokens beyond the context that a cache has place for
 
 
